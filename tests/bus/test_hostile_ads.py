@@ -24,7 +24,7 @@ from support.wait import until
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import Evaluate
 from loom.phases.evaluate.timings import EvaluateTimings
-from loom.phases.shared import check_pool
+from loom.phases.shared.timings import CheckTimings
 from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
@@ -186,8 +186,7 @@ async def test_sense_without_helpers_admits_tasks_that_evaluate_will_check(
 async def test_a_result_waits_for_a_helper_and_is_never_taken_unchecked(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.timings = ServiceTimings(evaluate=EvaluateTimings(check_again_s=0.2))
-    monkeypatch.setattr(check_pool, "RESTART_S", 0.1)
+    stage.timings = ServiceTimings(evaluate=EvaluateTimings(check_again_s=0.2, checks=CheckTimings(restart_s=0.1)))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/nowhere/python")
         await stage.phase("evaluate")

@@ -1,4 +1,4 @@
-"""The clock of one machine steps by an hour while everything runs: no task fails for it, and no deadline moves."""
+"""The clock of one machine steps by an hour at run time: no task fails, and no deadline moves."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""However a divided task ends, its plan shows no subtask as running whose own task has ended."""
+"""Plans of ended tasks: no subtask is shown as running whose own task has ended."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""What is urgent overtakes what is not, however much of that there is."""
+"""Urgent tasks overtake any number of other tasks."""
 
 import asyncio
 import time

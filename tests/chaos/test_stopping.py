@@ -1,4 +1,4 @@
-"""Processes that stop, wait, and give up: what they had in hand goes on elsewhere."""
+"""Processes that stop, wait, and give up: their running tasks continue elsewhere."""
 
 import asyncio
 import signal
@@ -173,8 +173,8 @@ async def test_every_service_that_the_server_rejects_exits_for_a_restart(
             await start("host", "run", str(tmp_path / "sleepers.py")),
             await start("tap"),
         ]
-        said = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")
-        await asyncio.gather(*(each.wait_for_output(text) for each, text in zip(services, said, strict=True)))
+        ready_lines = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")
+        await asyncio.gather(*(each.wait_for_output(text) for each, text in zip(services, ready_lines, strict=True)))
 
         conf.write_text(conf.read_text().replace("secret", "changed"))
         server.send_signal(signal.SIGHUP)  # reads its configuration again, and hangs up on who may not be here

@@ -151,7 +151,7 @@ RUN = (("begun", None), ("ended", "coder"))
 async def test_the_parts_of_a_divided_task_are_reported_at_start_and_end(
     on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
-    """The model of the phases says the task is hard, and how to divide it."""
+    """The model of the phases rates the task as hard, and divides it."""
     model.script(
         Reply(text=json.dumps({"complexity": 0.9, "domains": ["code"]})),
         Reply(text=f"Here is my plan: {json.dumps(PLAN)}"),
@@ -168,9 +168,9 @@ async def test_the_parts_of_a_divided_task_are_reported_at_start_and_end(
     await provider.aclose()
 
     parts = [event for event in events if isinstance(event, SubtaskEvent)]
-    told = [(part.subtask, part.state, part.node_id) for part in parts]
-    assert sorted(told[:4]) == [(id_, *of) for id_ in ("left", "right") for of in RUN]
-    assert told[4:] == [("both", *of) for of in RUN]
+    reported = [(part.subtask, part.state, part.node_id) for part in parts]
+    assert sorted(reported[:4]) == [(id_, *of) for id_ in ("left", "right") for of in RUN]
+    assert reported[4:] == [("both", *of) for of in RUN]
     assert [event.type for event in events[:2]] == ["subtask", "subtask"]
     assert len({part.child_id for part in parts}) == 3
     *_, done = events

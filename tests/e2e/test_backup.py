@@ -1,4 +1,4 @@
-"""`loom backup` and `loom restore`: a busy cluster is saved and works on elsewhere."""
+"""`loom backup` and `loom restore`: a busy cluster is saved, and continues elsewhere."""
 
 import json
 import secrets

@@ -1,4 +1,4 @@
-"""The command line, run as people and supervisors run it: as processes."""
+"""The command line, run in processes as by people and supervisors."""
 
 import asyncio
 import json
@@ -209,21 +209,21 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
     await node.wait_for_output("shouter, speller, broken on nats://")
     await asyncio.gather(tap.wait_for_output("listening on nats"), tap_json.wait_for_output("listening on nats"))
 
-    said, told, failed = await asyncio.gather(
+    printed, printed_json, failed = await asyncio.gather(
         loom(start, "submit", "hello", "--domain", "loud", "--priority", "high", **where),
         loom(start, "submit", "good night", "--domain", "quiet", "--json", **where),
         loom(start, "submit", "x", "--node", "broken", **where),
     )
 
-    assert (said.code, said.out, said.err) == (0, "HELLO\n", "")
-    assert json.loads(told.out)["node_id"] == "speller"
+    assert (printed.code, printed.out, printed.err) == (0, "HELLO\n", "")
+    assert json.loads(printed_json.out)["node_id"] == "speller"
     assert (failed.code, failed.out) == (1, "")
     assert failed.err == "agent_failed: the agent raised ValueError\n"
     for last in ("succeeded on shouter", "failed, agent_failed"):
         traffic = (await tap.wait_for_output(last)).out
     for kind in ("intake", "task match", "auction", "task execute", "run", "delta", "task evaluate", "reward"):
         assert f" {kind} " in traffic
-    await tap_json.wait_for_output(f"loom.result.public.{json.loads(told.out)['task_id']}")
+    await tap_json.wait_for_output(f"loom.result.public.{json.loads(printed_json.out)['task_id']}")
     watched = [json.loads(line) for line in tap_json.out.splitlines()]
     assert {"shouter", "speller"} <= {each["tokens"]["node_id"] for each in watched if each["family"] == "reward"}
     assert (await tap.end(signal.SIGINT)).code == 130
@@ -360,7 +360,7 @@ def quietly(environment: None) -> Iterator[None]:
 
 @pytest.mark.usefixtures("quietly")
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("run missing.jsonl --agents a.py", 2, "invalid_file: missing.jsonl: No such file or directory"),
         ("run good.jsonl", 2, "bad_usage: Invalid value for --agents: needed, unless NATS_URL leads to"),
@@ -389,7 +389,7 @@ def quietly(environment: None) -> Iterator[None]:
 def test_bad_input_is_one_line_and_an_exit_code(
     line: str,
     code: int,
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -405,7 +405,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
 
     assert ended.value.code == code
     out, err = capsys.readouterr()
-    assert err.startswith(said)
+    assert err.startswith(message)
     assert err.count("\n") == 1
     assert out == ""
     assert not (tmp_path / "results.jsonl").exists()

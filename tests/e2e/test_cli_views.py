@@ -1,4 +1,4 @@
-"""What operators look at, on one cluster: what it says, at any width, piped, and with nothing there."""
+"""The views of the command line on one cluster: their text at any width, piped, and on an empty cluster."""
 
 import asyncio
 import json
@@ -149,9 +149,9 @@ def test_tasks_are_listed_newest_first_and_filtered_by_their_facts(here: Cluster
     assert listed("--domain loud") == listed("--label tenant=acme") == [HEX, "t1"]
     assert listed("--label tenant=acme --label at=t1") == ["t1"]
     assert listed("--label tenant=") == []
-    assert listed("--node nobody") == []
+    assert listed("--node unknown") == []
     assert re.search(r"01234567 +succeeded +loud +good ", loom("task ls").out)
-    assert loom("task ls --node nobody").out == "no such task among those of the last 72 hours\n"
+    assert loom("task ls --node unknown").out == "no such task among those of the last 72 hours\n"
 
 
 PLAN = [
@@ -182,15 +182,15 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
             entry = await cluster.bus.bucket("plans", SplitPlan).get("report")
             return entry is not None and [part.state for part in entry.value.subtasks][1:3] == ["succeeded", "running"]
 
-        ad = TaskAd(task_id="report", domain="code", description="tell it all", context={"plan": PLAN})
+        ad = TaskAd(task_id="report", domain="code", description="report it all", context={"plan": PLAN})
         handle = cluster.do(task_client.publish(cluster.bus, ad))
         cluster.do(until(divided, within_s=15, what="one part runs"))
         running = re.sub(" +\n", "\n", loom("task show report").out)
         listed = loom("task ls").out
         opened.set()
         result = cluster.do(handle.result(15))
-        ended, told = loom("task show report").out, json.loads(loom("task show report --json").out)
-        child = loom(f"task show {told['plan']['subtasks'][3]['child_id']}").out
+        ended, printed = loom("task show report").out, json.loads(loom("task show report --json").out)
+        child = loom(f"task show {printed['plan']['subtasks'][3]['child_id']}").out
         closed = loom("task ls").out
         whole = cluster.do(
             task_client.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True}))
@@ -198,17 +198,17 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
         cluster.do(whole.result(15))
         undivided = loom("task show one").out
 
-    assert result.content == "tell it all after top, left, right, end"
+    assert result.content == "report it all after top, left, right, end"
     assert re.match(r"report  running for .*, divided, 2 of 4 subtasks done, \d+ s left", running)
     assert re.search(r"├─ top +succeeded +(ann|bob) .* read\n", running)
     assert re.search(r"├─ right +running +(ann|bob) .* top .* block\n", running)
     assert re.search(r"└─ end +waiting +left, right +close\n", running)
     assert re.search(r"running .* report/right: block", listed)
     assert re.search(r"4 of 4 subtasks done", ended)
-    assert [part["state"] for part in told["plan"]["subtasks"]] == ["succeeded"] * 4
-    assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
+    assert [part["state"] for part in printed["plan"]["subtasks"]] == ["succeeded"] * 4
+    assert decode(json.dumps(printed).encode(), TaskRecord).task_id == "report"
     assert "subtask end of report" in child
-    assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
+    assert re.search(r"report +succeeded .* \(4 subtasks\) report it all", closed)
     assert "not divided: no model is configured to plan" in undivided
     assert "subtasks done" not in undivided
 
@@ -238,7 +238,7 @@ def test_the_reward_of_a_person_is_listed(here: Cluster, loom: Loom) -> None:
     last = decode(loom("reward ls --node good --domain loud --limit 1 --json").out.encode(), Reward)
     assert (last.task_id, last.score, last.source, last.reason) == (HEX, 0.4, "person", "dull")
     assert re.search(r"0\.00  bad +loud +t1  by rules: agent_failed\n", loom("reward ls").out)
-    assert loom("reward ls --node nobody").out == "no such rewards\n"
+    assert loom("reward ls --node unknown").out == "no such rewards\n"
     assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task show {HEX}").out)
 
 
@@ -253,8 +253,8 @@ def test_a_rebuild_confirms_correct_profiles_and_repairs_wrong_ones(here: Cluste
     assert spoilt.code == 1
     assert re.search(r"bad +7 1\.00 +1 0\.00 +\d+ +stored otherwise", spoilt.out)
     assert "--write" in spoilt.out
-    told = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
-    assert {one["node_id"]: one["written"] for one in told} == {"bad": True, "good": False}
+    printed = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
+    assert {one["node_id"]: one["written"] for one in printed} == {"bad": True, "good": False}
     assert loom("reward rebuild").code == 0
 
 
@@ -302,7 +302,7 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("task show nosuch", 1, "unknown_task: no task nosuch is known"),
         ("task show 01234560", 1, "unknown_task: no task 01234560 is known"),
@@ -318,9 +318,9 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
     ],
 )
 def test_an_impossible_command_is_refused_in_one_line(
-    line: str, code: int, said: str, here: Cluster, loom: Loom
+    line: str, code: int, message: str, here: Cluster, loom: Loom
 ) -> None:
-    is_refused(loom, line, code, said)
+    is_refused(loom, line, code, message)
 
 
 COMMANDS = (
@@ -338,11 +338,11 @@ COMMANDS = (
 def test_every_command_reports_that_no_phases_have_run(
     here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+    monkeypatch.setenv("LOOM_NAMESPACE", "unused")
     for line in COMMANDS:
         ended = loom(line)
         assert (ended.code, ended.out) == (3, ""), line
-        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace unused"), line
 
 
 @pytest.mark.slow

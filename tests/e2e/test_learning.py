@@ -1,4 +1,4 @@
-"""Whom the whole loop comes to trust: who fails, says nothing or never answers; a world of the benchmark, played."""
+"""Trust learned by the whole loop in nodes that fail, stay silent or never answer, and in a world of the benchmark."""
 
 import asyncio
 from collections import Counter

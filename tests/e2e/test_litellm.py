@@ -170,8 +170,8 @@ async def test_reasoning_goes_back_with_the_calls_it_led_to(
     assert sorted(each.result for each in events if isinstance(each, ToolCallEnd)) == ["3", "7"]
     assert isinstance(events[-1], Done)
     assert events[-1].content == ANSWER
-    told = [each["content"] for each in upstream.requests[-1].messages if each["role"] == "tool"]
-    assert told == ["3", "7"]
+    results = [each["content"] for each in upstream.requests[-1].messages if each["role"] == "tool"]
+    assert results == ["3", "7"]
 
 
 @pytest.mark.parametrize("model", MODELS)

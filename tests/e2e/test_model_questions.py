@@ -1,4 +1,4 @@
-"""What the phases ask a model on behalf of a task: nothing the ad has answered, and all of it is in the result."""
+"""Requests of the phases to a model: none for facts given in the ad, and all of them counted in the result."""
 
 import json
 from collections.abc import AsyncIterator

@@ -142,15 +142,15 @@ async def test_all_parts_of_a_task_are_of_its_submitter_and_have_its_labels(
     results: dict[str, TaskResult] = {}
     submitters: set[str] = set()
 
-    def hear(msg: Msg) -> None:
+    def on_message(msg: Msg) -> None:
         parsed = client.subjects.parse(msg.subject)
         submitters.add(parsed.tokens["submitter"] if parsed else msg.subject)
         if parsed is not None and parsed.family == "result":
             results[parsed.tokens["task_id"]] = decode(msg.data, TaskResult)
 
     for family in ("result", "delta"):
-        await client.connection.subscribe_sync(client.subjects.of(family, "*", "*"), hear)
-    await client.connection.subscribe_sync(client.subjects.intake("*", "*", "*"), hear)
+        await client.connection.subscribe_sync(client.subjects.of(family, "*", "*"), on_message)
+    await client.connection.subscribe_sync(client.subjects.intake("*", "*", "*"), on_message)
     await client.requests.flush()
     monkeypatch.setenv("LOOM_SUBMITTER", "ann")
     plan = [{"id": "a", "description": "delegate"}, {"id": "b", "description": "count", "dependencies": ["a"]}]

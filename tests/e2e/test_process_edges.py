@@ -1,4 +1,4 @@
-"""The edges of a `loom` process: closed streams, process 1 of a container, an end that waits for nothing."""
+"""The edges of a `loom` process: closed streams, process 1 of a container, an exit that waits for nothing."""
 
 import asyncio
 import os
@@ -150,9 +150,7 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "auto"])
-async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends_at_once(
-    loop: str, tmp_path: Path
-) -> None:
+async def test_a_process_with_a_slow_lookup_of_its_servers_name_ends_at_once(loop: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
     )
@@ -226,5 +224,5 @@ def test_a_misspelt_setting_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -
     with capture_logs() as logs:
         warn_of_misspelt_settings()
         warn_of_misspelt_settings()
-    told = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
-    assert [(entry["event"], entry["hint"]) for entry in told] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]
+    warnings = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
+    assert [(entry["event"], entry["hint"]) for entry in warnings] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]

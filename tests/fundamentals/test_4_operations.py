@@ -1,4 +1,4 @@
-"""Operators watch the traffic, restart phases and read what could not be handled."""
+"""Operators watch the traffic, restart phases and read the messages that could not be handled."""
 
 from support.services import running_phases
 from support.wait import until

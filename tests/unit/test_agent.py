@@ -44,7 +44,7 @@ async def test_the_request_has_prompt_task_context_and_inputs(server: OpenAIServ
         assert part in user["content"]
 
 
-async def test_jobs_at_the_same_time_never_see_each_other(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_concurrent_jobs_are_isolated(server: OpenAIServer, make: MakeAgent) -> None:
     def two_rounds(request: Request) -> Reply:
         if any(message["role"] == "tool" for message in request.messages):
             return Reply(text=request.messages[0]["content"])

@@ -1,4 +1,4 @@
-"""The turns of a conversation reach a model as messages, whatever client put them into the context."""
+"""The turns of a conversation reach a model as messages, from any client."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a file of nodes opens before its nodes work, and closes after them."""
+"""The lifespan of a file of nodes: opened before its nodes work, and closed after them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

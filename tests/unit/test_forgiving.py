@@ -1,4 +1,4 @@
-"""What is forgiven of JSON from outside: nulls in place of fields, a byte order mark, counts as text."""
+"""Lenient decoding of JSON from outside: nulls in place of fields, a byte order mark, counts as text."""
 
 import codecs
 from random import Random

@@ -1,4 +1,4 @@
-"""Phases read the same answers as agents do, whatever provider gives them."""
+"""Phases read the same answers as agents, from any provider."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Award policies and what is learned, played out in small worlds without a bus."""
+"""Award policies and learning, simulated in small worlds without a bus."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def known(node_id: str, mean: float, count: int) -> NodeProfile:
 
 
 def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], float]) -> list[str]:
-    """Return who wins each task in turn, when everybody's work is judged before the next one comes."""
+    """Return the winner of each task in turn; all work is judged before the next task."""
     profiles: dict[str, NodeProfile] = {}
     winners = []
     for number in range(tasks):
@@ -102,7 +102,7 @@ def test_a_node_that_begins_to_fail_loses_its_share_within_tens_of_tasks() -> No
     assert winners[120:].count("turning") <= 18
 
 
-# -- load is weighed, and is no trump
+# -- load is weighed, and not decisive
 
 
 @given(st.floats(0, 0.99), st.floats(0, 0.4), st.floats(0.5, 0.6), st.integers(20, 120))

@@ -1,4 +1,4 @@
-"""Loom's lines: where they go, and that no other logging is touched."""
+"""Loom's log lines: their destination, and the untouched logging of other code."""
 
 import io
 import json

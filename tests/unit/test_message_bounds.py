@@ -1,4 +1,4 @@
-"""Every number, text and collection of a message is bounded, and what is out of bounds is left out."""
+"""Every number, text and collection of a message is bounded, and values out of bounds are left out."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Nothing a message may hold raises anything but a LoomError, in any decoder or in the pure code behind it."""
+"""Any message raises at most a LoomError, in every decoder and in the pure code behind it."""
 
 import json
 from collections.abc import Callable

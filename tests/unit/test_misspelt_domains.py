@@ -56,7 +56,7 @@ def test_the_number_of_comparisons_is_bounded() -> None:
 # -- what nodes have announced
 
 
-def test_a_domain_that_no_node_names_is_warned_of_with_the_nearest_one() -> None:
+def test_an_unknown_domain_causes_a_warning_with_the_nearest_one() -> None:
     rated, limited = node("n1", echo, sales=0.9), AgentNode(id="n2", agent=echo, domains=["CSV files"])
     assert warned(rated, limited) == SENTENCE
     assert "did you mean 'CSV files'?" in warned(rated, limited, domain="CVS files")
@@ -80,7 +80,7 @@ def test_a_node_started_for_a_domain_names_it_beside_its_templates() -> None:
     assert warned(child) == SENTENCE
 
 
-def test_there_is_no_warning_without_a_domain_in_the_ad_or_a_second_time() -> None:
+def test_an_ad_without_a_domain_or_with_the_warning_gets_no_new_warning() -> None:
     rated = node("n1", echo, sales=0.9)
     assert warned(rated, domain="") == "", "SENSE has found the domain"
     assert warned(rated, warnings=(SENTENCE,)) == ""

@@ -1,4 +1,4 @@
-"""Newcomers of one owner share one newcomer's chance: many names are no advantage."""
+"""Newcomers of one owner share one newcomer's chance: many names give no advantage."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Hosts an auction waits for: in linear time, and made-up ones seldom."""
+"""The hosts that an auction waits for: found in linear time, and rarely made-up ones."""
 
 import time
 
@@ -207,7 +207,7 @@ def test_a_node_belongs_to_the_first_host_that_is_alive() -> None:
     assert ownership.host_of("unknown") is None
 
 
-def test_a_node_that_came_back_on_another_host_is_there_at_once_when_the_first_is_dead() -> None:
+def test_a_node_that_moved_to_another_host_is_known_when_the_first_host_dies() -> None:
     clock = Clock()
     hosts = presence(clock)
     ownership = NodeOwnership(clock, hosts.last_seen_at)

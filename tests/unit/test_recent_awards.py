@@ -1,4 +1,4 @@
-"""What MATCH holds against a node because it has just awarded something to it."""
+"""Recent awards of MATCH to each node: held for the length of a run, and pending until the reward."""
 
 import pytest
 from hypothesis import given

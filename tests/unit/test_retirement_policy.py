@@ -110,7 +110,7 @@ def test_inherited_losses_retire_no_node() -> None:
     assert goes(host(child()), known=(known,)) == []
 
 
-def test_a_newcomer_is_left_alone() -> None:
+def test_a_newcomer_is_not_retired() -> None:
     assert goes(host(child(age_s=59, idle_s=59)), known=(profile("a-c1", losses=99),)) == []
 
 

@@ -65,7 +65,7 @@ def test_an_empty_result_is_refused(content: str | None) -> None:
 
 
 @pytest.mark.parametrize(("texts", "good"), [(("42",), True), (("42", "forty"), True), (("42", "Forty"), False)])
-def test_a_result_must_hold_every_text_asked_for_letter_for_letter(texts: tuple[str, ...], good: bool) -> None:
+def test_a_result_must_contain_every_requested_text_exactly(texts: tuple[str, ...], good: bool) -> None:
     assert (judge(accepting(*texts)) is None) is good
 
 
@@ -132,7 +132,7 @@ def test_a_failed_attempt_is_remembered_with_its_reason() -> None:
 
 
 def rate_limited(retry_after_s: float) -> Envelope:
-    """An attempt whose node was told to come back later, as it stands when nobody else bids."""
+    """An attempt whose node asked for a later retry, at the time when no other node bids."""
     limited = TaskError(code="agent_failed", message="too busy", retry_after_s=retry_after_s)
     decision = decided(replace(env(), error=limited), now=10)
     assert isinstance(decision, Retry)
@@ -140,7 +140,7 @@ def rate_limited(retry_after_s: float) -> Envelope:
     return decision.envelope.failed(TaskError(code="no_bids"))
 
 
-def test_a_node_that_asked_for_a_rest_is_excluded_until_only_such_nodes_are_left() -> None:
+def test_a_rate_limited_node_is_excluded_until_only_such_nodes_are_left() -> None:
     decision = decided(rate_limited(30), now=15)
     assert isinstance(decision, Retry)
     assert decision.delay_s == pytest.approx(25)
@@ -225,7 +225,7 @@ def test_a_deadline_that_comes_after_a_refused_answer_keeps_its_code_and_shows_t
         assert (result.state, result.error.code) == ("failed", "deadline_exceeded")
 
 
-def test_a_result_that_could_not_be_checked_is_not_replaced_by_an_earlier_one() -> None:
+def test_an_unchecked_result_is_not_replaced_by_an_earlier_one() -> None:
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     message = replace(env("42", best_rejected=best), ad=ad(accept=Accept(pattern="x", best_effort=True)))
     ended = decide(message, CONFIG, 1000, unchecked("no process can be started"))
@@ -406,7 +406,7 @@ def test_the_text_of_a_failing_agent_is_not_an_answer() -> None:
     assert decision.envelope.failed_attempts[-1].tokens == 15
 
 
-def test_without_tokens_left_there_is_no_other_attempt() -> None:
+def test_without_tokens_left_the_task_is_not_retried() -> None:
     decision = decided(env("half", "agent_failed", budget=0))
     assert isinstance(decision, Finish)
     assert decision.envelope.error is not None
@@ -430,7 +430,7 @@ def test_an_opinion_is_the_score_of_a_success_and_of_its_reward() -> None:
     assert earned.score == 0.8
 
 
-def test_below_the_ads_threshold_the_task_goes_to_another_node_and_the_answer_is_kept() -> None:
+def test_an_answer_below_the_threshold_is_kept_and_another_node_retries() -> None:
     decision = decided(judged_as(0.6, threshold=0.7))
     assert isinstance(decision, Retry)
     back = decision.envelope
@@ -489,7 +489,7 @@ def unjudged(rubric: str | None = None) -> Envelope:
     return replace(env("an answer"), unjudged="TimeoutError", ad=ad(task_id="t1", accept=accept))
 
 
-def test_without_an_opinion_there_is_no_score_and_the_reward_is_that_of_the_rules() -> None:
+def test_without_an_opinion_the_score_is_none_and_the_reward_is_of_the_rules() -> None:
     decision = decided(unjudged())
     assert isinstance(decision, Finish)
     assert (decision.state, decision.score) == ("succeeded", None)
@@ -511,7 +511,7 @@ def test_a_failure_earns_nought_whether_or_not_its_rubric_could_be_checked() -> 
     assert reward.score == 0.0
 
 
-def test_the_next_attempt_is_judged_afresh_and_keeps_the_warnings() -> None:
+def test_the_next_attempt_is_judged_again_and_keeps_the_warnings() -> None:
     message = replace(unjudged(), error=TaskError(code="agent_failed"), warnings=("the judge was away",))
     decision = decided(message)
     assert isinstance(decision, Retry)

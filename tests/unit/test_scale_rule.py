@@ -1,4 +1,4 @@
-"""Which tasks are SCALE's business: by what SENSE has written into the envelope, and by no setting."""
+"""The rule that sends a task to SCALE: it reads SENSE's estimate in the envelope, and no setting."""
 
 import inspect
 from typing import Any
@@ -115,7 +115,7 @@ def test_an_ad_may_only_narrow_the_depth(limit: int | None, deepest: int) -> Non
 
 
 @pytest.mark.parametrize(("depth", "limits"), [(2, None), (1, Limits(max_depth=1)), (5, Limits(max_depth=0))])
-def test_a_task_too_deep_to_be_divided_has_a_note_of_it(depth: int, limits: Limits | None) -> None:
+def test_a_task_too_deep_to_be_divided_has_a_note(depth: int, limits: Limits | None) -> None:
     spec = sensed(0.9, depth, limits=limits)
     assert spec.note == f"not divided: at most {spec.deepest} divisions deep are allowed"
     assert scale_reason(replace(task(depth=depth), spec=spec)) is None

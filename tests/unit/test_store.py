@@ -1,4 +1,4 @@
-"""Where a server's streams are kept, and who has them."""
+"""The store of a server's streams: its folder, its lock and its version."""
 
 import os
 import subprocess
@@ -94,7 +94,7 @@ def test_a_store_that_was_never_used_is_unused(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_streams_of_a_newer_server_are_refused_and_those_of_an_older_one_taken_over(tmp_path: Path) -> None:
+def test_streams_of_a_newer_server_are_refused_and_those_of_an_older_one_reused(tmp_path: Path) -> None:
     StoreLock(tmp_path, (2, 12), patience_s=0).close()
     StoreLock(tmp_path, (2, 15), patience_s=0).close()
 

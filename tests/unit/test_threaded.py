@@ -1,4 +1,4 @@
-"""Sync generators, iterated beside the event loop."""
+"""Sync generators, iterated in a thread next to the event loop."""
 
 import asyncio
 import threading

@@ -182,7 +182,7 @@ async def test_a_tool_that_cancels_itself_has_failed() -> None:
     assert (await Tool(give_up).run("{}", CONTEXT)).failed
 
 
-async def test_a_slow_tool_is_given_up_after_its_timeout() -> None:
+async def test_a_slow_tool_is_cancelled_after_its_timeout() -> None:
     cleaned_up = asyncio.Event()
 
     @tool(timeout_s=0.05)
@@ -216,7 +216,7 @@ async def test_a_tool_gets_no_more_time_than_the_job_has() -> None:
     assert result.text == "Error: no result within 0.05 s"
 
 
-async def test_the_context_is_given_and_not_part_of_the_schema() -> None:
+async def test_the_context_is_passed_and_not_part_of_the_schema() -> None:
     def where(path: str, context: ToolContext) -> str:
         return f"{context.key} {context.tool_context['root']}/{path}"
 
