@@ -1,4 +1,4 @@
-"""What node hosts announce, when, and as how many hosts."""
+"""Announcements of node hosts: their content, their times, and the number of hosts in each."""
 
 import asyncio
 import time

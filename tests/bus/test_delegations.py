@@ -246,7 +246,7 @@ async def ended(stage: Stage, task_id: str) -> bool:
     return (await stage.read(task_id)).state == "cancelled"
 
 
-async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: Stage) -> None:
+async def test_a_message_of_an_ended_task_cancels_the_delegations_of_its_run(stage: Stage) -> None:
     """EXECUTE was not running when the cancel was published."""
     env = awarded(envelope(now=stage.bus.clock.now()))
     await stage.record(env, state="cancelled", ended_at=1.0, delegated=(CHILD, "not-admitted"))

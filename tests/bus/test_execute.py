@@ -206,7 +206,7 @@ async def nothing(_run: FakeRun) -> None:
 
 
 async def hang(run: FakeRun) -> None:
-    """Accept, and keep on saying that it works."""
+    """Accept, and go on publishing heartbeats."""
     await accepted(run)
     while True:
         await run.publish("heartbeat")
@@ -482,7 +482,7 @@ async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: S
 
 @pytest.mark.slow
 async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
-    """Its host falls silent to the first watcher without saying that the run has moved."""
+    """Its host stops sending to the first watcher without an event that the run has moved."""
     moving = MovingHost(publishes_moved=False)
     one = await host(stage, moving)
     await stage.phase("execute")
@@ -557,7 +557,7 @@ async def test_a_suspect_message_returns_to_its_own_subject_once_its_run_has_sho
     await stage.settled(phase="execute")
 
 
-async def test_a_drained_replica_hands_its_runs_on(stage: Stage) -> None:
+async def test_a_drained_replica_passes_its_runs_on(stage: Stage) -> None:
     moving = MovingHost()
     one = await host(stage, moving)
     leaving = await stage.phase("execute")

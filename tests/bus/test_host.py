@@ -125,7 +125,7 @@ async def test_a_full_node_is_busy_and_refuses_a_run(stage: Stage) -> None:
     assert (await (await run(stage, host, task_id="t9")).event("rejected")).code == "busy"
 
 
-async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> None:
+async def test_a_run_for_a_node_of_another_host_is_rejected(stage: Stage) -> None:
     host = await stage.host([node()])
     assert (await (await run(stage, host, node_id="gone")).event("rejected")).code == "unqualified"
 
@@ -175,7 +175,7 @@ async def test_a_run_is_accepted_before_an_agent_gets_the_loop_that_may_keep_it(
         assert [event.kind for event in read_events(watcher.bodies[0])] == ["accepted"]
 
 
-async def test_a_run_ends_whatever_the_last_event_of_its_agent_holds(stage: Stage) -> None:
+async def test_a_run_ends_with_any_content_of_its_last_event(stage: Stage) -> None:
     class Mute(LoomError):
         def __init__(self) -> None:
             pass  # and so has no message
@@ -224,7 +224,7 @@ async def test_the_text_of_an_agent_comes_in_messages_of_bounded_size(stage: Sta
 
 
 @pytest.mark.slow
-async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
+async def test_an_agent_that_never_waits_is_slowed_to_the_pace_of_the_server(
     server: NatsServer, namespace: str, timings: ServiceTimings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 10**9)
@@ -250,7 +250,7 @@ async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
         await until(lambda: published == most, within_s=60, what="it goes on")
 
 
-async def test_slots_are_filled_the_rest_queues_by_priority_and_sends_heartbeats(stage: Stage) -> None:
+async def test_runs_beyond_the_slots_queue_by_priority_and_send_heartbeats(stage: Stage) -> None:
     order: list[str] = []
     gate = asyncio.Semaphore(0)
 
@@ -291,7 +291,7 @@ def raising(error: BaseException) -> Callable[[str], Any]:
 
 
 class Stubborn:
-    """Streams, and yields whatever it was given."""
+    """Streams the given events."""
 
     def __init__(self, *events: Any) -> None:
         self.events = events
@@ -628,14 +628,14 @@ async def test_an_old_request_starts_no_run(stage: Stage, old: dict[str, Any]) -
     assert [log["task_id"] for log in logs if log["event"] == "run_request_ignored"] == ["t1"]
 
 
-async def test_a_host_that_does_not_know_the_servers_time_goes_by_what_is_left(stage: Stage) -> None:
+async def test_a_host_without_the_servers_time_uses_the_remaining_seconds(stage: Stage) -> None:
     host = await stage.host([node()])
     host.bus.clock = ServerClock()
     now = stage.bus.clock.now()
     await (await run(stage, host, sent_at=now - 30, deadline=now - 10, remaining_s=20)).event("result")
 
 
-async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(stage: Stage) -> None:
+async def test_an_old_request_still_moves_a_current_run_and_repeats_its_result(stage: Stage) -> None:
     go = asyncio.Event()
 
     async def work(description: str) -> str:
@@ -659,7 +659,7 @@ async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_re
 
 
 async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage) -> None:
-    """Its slot becomes free before the next heartbeat looks at it."""
+    """Its slot becomes free before the next heartbeat checks it."""
     stage.timings = ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=30))
     begun: list[str] = []
     go = asyncio.Event()

@@ -27,7 +27,7 @@ SHORT = ClusterConfig(bid_window_ms=40)
 
 
 TIMINGS = MatchTimings(min_pause_s=0.01, max_pause_s=0.05, no_offers_pause_s=0.05, max_hold_s=0.3)
-"""Waits in proportion, a tenth as long or less."""
+"""Shorter waits in proportion, a tenth as long or less."""
 LONG_HOLD = replace_fields(TIMINGS, max_hold_s=60)
 
 
@@ -44,7 +44,7 @@ async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) 
 
 
 async def match(stage: Stage, config: ClusterConfig | None = None, timings: MatchTimings = TIMINGS) -> Replica:
-    """Start MATCH and wait until it knows the hosts there are."""
+    """Start MATCH and wait until it knows all hosts."""
     stage.timings = ServiceTimings(match=timings)
     before = {host: len(stage.all("host", host_id=host)) for host in ("h1", "h2", "h7")}
     known = [host for host, announced in before.items() if announced]
@@ -121,13 +121,13 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
     assert set(one.calls[-1].prefer) == {"proven", "boaster"}
 
 
-async def test_newcomers_of_one_owner_share_what_they_have_done(stage: Stage) -> None:
-    """Judged ones by the stored profiles, pending ones by the awards of a moment ago."""
+async def test_newcomers_of_one_owner_share_their_count_of_tasks(stage: Stage) -> None:
+    """Judged tasks count by the stored profiles, pending ones by the latest awards."""
     failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
     await stage.bus.bucket("nodes", NodeProfile).create(failed.key, failed)
-    mine = await host(stage, "h1", offer=lambda _: mine.bids(Bid(node_id="weak", self_rating=0.2)))
+    local = await host(stage, "h1", offer=lambda _: local.bids(Bid(node_id="weak", self_rating=0.2)))
     names = [Bid(node_id=f"n{n}", self_rating=1.0, free=9) for n in range(1, 9)]
-    theirs = await host(stage, "h2", owner="acme", offer=lambda _: theirs.bids(*names))
+    acme = await host(stage, "h2", owner="acme", offer=lambda _: acme.bids(*names))
     await match(stage)
     await stage.put("match", task(stage))
     first = (await stage.seen("task", phase="scale")).award
@@ -173,7 +173,7 @@ async def test_an_auction_ends_once_all_known_hosts_have_answered(stage: Stage) 
     assert len(stage.all("task", phase="scale")[0].award.bids) == 2
 
 
-async def test_without_a_known_host_the_whole_window_is_waited(stage: Stage) -> None:
+async def test_an_auction_without_a_known_host_lasts_the_whole_window(stage: Stage) -> None:
     one = await host(stage, "h1")
     one.announce = quietly  # type: ignore[method-assign]
     await stage.phase("match", ClusterConfig(bid_window_ms=300))
@@ -235,7 +235,7 @@ async def test_a_pinned_task_goes_to_the_first_of_two_hosts_that_announce_its_no
     assert [env.award.host_id for env in stage.all("task", phase="scale")] == ["h1", "h1"]
 
 
-async def test_an_owner_that_announces_the_drain_of_its_own_host_of_that_name_has_no_effect(stage: Stage) -> None:
+async def test_the_drain_of_another_owners_host_of_the_same_name_has_no_effect(stage: Stage) -> None:
     await host(stage, "h1", "good-1")
     await match(stage)
     body = HostAnnouncement(seq=9, draining=True)
@@ -322,7 +322,7 @@ async def test_a_task_waits_while_a_known_host_is_slow(stage: Stage) -> None:
 # -- all busy
 
 
-async def test_while_all_are_busy_a_task_waits_and_calls_again(stage: Stage) -> None:
+async def test_a_task_waits_and_calls_again_while_all_nodes_are_busy(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.bids() if len(one.calls) > 3 else one.declines("busy"))
     await match(stage, LONG)
     await stage.put("match", task(stage))
@@ -395,7 +395,7 @@ async def put_record(stage: Stage, env: Envelope, state: TaskState) -> int:
 
 
 async def settled(stage: Stage) -> None:
-    """Wait until no task is in MATCH's hand, before it or scheduled for it."""
+    """Wait until MATCH has no task in hand, queued or scheduled."""
 
     async def empty() -> bool:
         return await stage.pending("TASKS") == len(stage.all("task", phase="scale"))
@@ -404,7 +404,7 @@ async def settled(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
+async def test_a_task_cancelled_while_no_node_exists_is_dropped(stage: Stage) -> None:
     await match(stage, SHORT)
     env = task(
         stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.clock.now())
@@ -550,7 +550,7 @@ def naming(domain: str) -> tuple[AnnouncedNode, ...]:
     return (AnnouncedNode(node_id="n1", domains=(AnnouncedDomain(domain=domain), AnnouncedDomain(domain="*"))),)
 
 
-async def test_an_award_in_a_domain_that_no_node_names_has_a_warning_with_the_nearest_one(stage: Stage) -> None:
+async def test_an_award_in_an_unknown_domain_has_a_warning_with_the_nearest_one(stage: Stage) -> None:
     one = await host(stage, nodes=naming("sales"))
     await match(stage)
     await stage.put("match", task(stage, task_id="t1", domain="Sael"))

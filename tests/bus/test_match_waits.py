@@ -1,4 +1,4 @@
-"""What MATCH waits for: hosts that may not have announced themselves yet, and nodes that had no room."""
+"""Waits of MATCH: for hosts that have not announced themselves yet, and for nodes without a free slot."""
 
 import asyncio
 import time
@@ -71,7 +71,7 @@ def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> 
     return awarded(envelope(env.ad, now=stage.bus.clock.now(), **facts), node_id, host_id)
 
 
-async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_its_host_announces_itself(
+async def test_a_busy_node_ranks_last_for_the_task_until_its_host_announces_itself(
     stage: Stage,
 ) -> None:
     stage.timings = ServiceTimings(match=MatchTimings(min_pause_s=0.01, max_pause_s=0.05, max_hold_s=30.0))

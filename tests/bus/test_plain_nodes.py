@@ -21,7 +21,7 @@ from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=5000)
-"""A window that would be noticed."""
+"""A window so long that waiting for it would fail the test."""
 BODY = b'{"nodes": [{"node_id": "sh", "plain": true, "domains": [{"domain": "Code", "self_rating": 0.8}]}]}'
 
 
@@ -107,7 +107,7 @@ async def test_a_pinned_task_goes_to_a_plain_node_with_its_longest_run(stage: St
     assert (won.pinned, won.plain, won.max_run_s) == (True, True, 5.0)
 
 
-async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_come_back(
+async def test_a_plain_node_fills_its_slots_until_its_tasks_are_judged_or_returned(
     stage: Stage,
 ) -> None:
     stage.timings = ServiceTimings(match=MatchTimings(min_pause_s=0.01, max_pause_s=0.05))

@@ -1,4 +1,4 @@
-"""Plain nodes: whatever answers a request is an agent."""
+"""Plain nodes: any program that answers a request is an agent."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ HOST = HostKey("local", "h1")
 
 @pytest.fixture
 async def foreign(nats_url: str) -> AsyncIterator[Client]:
-    """A connection that knows nothing of loom."""
+    """A connection without any code of loom."""
     client = await nats.connect(nats_url)
     yield client
     await client.close()
@@ -150,7 +150,7 @@ async def test_a_reply_that_is_a_last_event_counts_as_one(
     assert bool(execute.bus.discards.hosts) == (b'"text"' in body)
 
 
-async def test_of_two_replies_the_second_is_ignored_and_counted(stage: Stage, foreign: Client) -> None:
+async def test_the_second_of_two_replies_is_ignored_and_counted(stage: Stage, foreign: Client) -> None:
     await respond(foreign, subject_of(stage), replies(b"first", b"second"))
     execute = await stage.phase("execute")
     await given(stage)

@@ -1,4 +1,4 @@
-"""Looking back: the newest of a stream, what it holds since a moment, and a task wherever it is."""
+"""Queries of the past: the newest messages of a stream, those since a time, and a task in any stream."""
 
 import pytest
 from support.bus_helpers import envelope

@@ -128,7 +128,7 @@ async def short(stage: Stage) -> Stage:
 
 
 async def head_dropped(stage: Stage, adapts: list[Replica]) -> dict[str, NodeProfile]:
-    """Let rewards come until the first ones are gone, no faster than they are read; return what has been learned."""
+    """Publish rewards until the first ones are gone, no faster than they are read; return the learned profiles."""
     services: list[Any] = [adapt.service for adapt in adapts]
     await publish(stage, *(reward(n, "idle") for n in range(3)))
     for start in range(3, 1503, 100):

@@ -1,4 +1,4 @@
-"""The subjects on which a run's events arrive: whose they are, and what comes on any other."""
+"""The subjects on which a run's events arrive, and messages that come on any other."""
 
 import pytest
 from support.builders import ad, awarded, envelope
@@ -49,7 +49,7 @@ async def test_a_run_request_names_the_host_its_owner_and_the_replica_in_its_rep
     [("local", "h1", "guessed", "h1"), ("local", "h2", "", "h2"), ("acme", "h1", "", "acme.h1")],
     ids=["another key", "another host", "another owner"],
 )
-async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_and_are_counted(
+async def test_events_for_a_run_of_another_host_have_no_effect_and_are_counted(
     stage: Stage, owner: str, host_id: str, key: str, counted: str
 ) -> None:
     async def start(run: FakeRun) -> None:

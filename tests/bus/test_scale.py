@@ -100,7 +100,7 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(stage: Stage, asked:
 async def test_each_task_without_bids_makes_a_spawn_request_with_its_own_text(
     stage: Stage, asked: list[SpawnRequest]
 ) -> None:
-    """One of them may call for a skill that the others do not."""
+    """One task may need a skill that the others do not."""
     stage.timings = ServiceTimings(scale=ScaleTimings(spawn_interval_s=60.0))
     await stage.phase("scale")
     for text in ("sort", "é" * 600, "sort"):
@@ -114,14 +114,14 @@ async def test_each_task_without_bids_makes_a_spawn_request_with_its_own_text(
     assert len(asked) == 3
 
 
-async def test_a_host_that_declines_a_spawn_request_is_followed_by_another(stage: Stage) -> None:
+async def test_a_spawn_request_for_lack_of_bids_is_repeated_after_a_decline(stage: Stage) -> None:
     await stage.phase("scale")
     asked: list[SpawnRequest] = []
 
     async def answer(msg: Any) -> None:
         asked.append(decode(msg.data, SpawnRequest))
-        mine = [one for one in asked if one.reason == asked[-1].reason]
-        facts: dict[str, Any] = {"node_id": "n"} if len(mine) == 3 else {"decline": "unqualified"}
+        same_reason = [one for one in asked if one.reason == asked[-1].reason]
+        facts: dict[str, Any] = {"node_id": "n"} if len(same_reason) == 3 else {"decline": "unqualified"}
         await stage.bus.connection.publish(msg.reply, SpawnReply(host_id="h", **facts))
 
     await stage.bus.connection.subscribe(stage.bus.subjects.spawn, answer)

@@ -1,4 +1,4 @@
-"""Whatever ends a run, and whenever: its slot is free afterwards."""
+"""Every end of a run, at any moment, frees its slot."""
 
 import asyncio
 import random
@@ -37,7 +37,7 @@ async def quick(job: RunRequest) -> str:
 
 
 def requested(host: NodeHost, **facts: Any) -> None:
-    """Hand the host a run request, with whatever else is handed over in this turn of the loop."""
+    """Give the host a run request in the same turn of the event loop as the messages that follow."""
     request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "x", **facts})
     host._on_run(Msg("", host.bus.subjects.of("event", "local", host.host_id, "none", "none"), encode(request)))
 

@@ -1,4 +1,4 @@
-"""What EXECUTE stops, when and how often, and who publishes that a task is cancelled."""
+"""Stops of EXECUTE: their runs, times and repetitions, and the phases that publish a cancellation."""
 
 import asyncio
 import time
@@ -132,7 +132,7 @@ async def test_a_run_that_has_ended_or_goes_on_elsewhere_is_not_stopped(stage: S
     assert not one.stops
 
 
-async def test_the_end_of_a_task_whose_record_has_ended_stops_the_attempt_that_the_record_names(stage: Stage) -> None:
+async def test_the_end_of_an_ended_task_stops_the_attempt_in_its_record(stage: Stage) -> None:
     one = await host(stage, hang, "h7", "acme")
     await stage.phase("execute")
     env = awarded(envelope(ad(), now=stage.bus.clock.now()))

@@ -107,7 +107,7 @@ async def test_a_published_task_is_in_the_intake_under_its_priority(bus: Bus) ->
     await handle.close()
 
 
-async def test_one_task_published_twice_makes_two_submissions_with_their_own_ids(bus: Bus) -> None:
+async def test_one_task_published_twice_makes_two_submissions_that_sense_can_distinguish(bus: Bus) -> None:
     for _ in range(2):
         await (await task_client.publish(bus, AD)).close()
     assert await messages(bus, "INTAKE") == 2
@@ -150,7 +150,7 @@ async def test_a_failed_task_raises_the_error_of_its_code(plain: Bus, handle: Ta
     assert caught.value.task_id == "t1"
 
 
-async def test_waiting_may_be_limited_and_begun_again(plain: Bus, handle: TaskHandle) -> None:
+async def test_a_wait_for_a_result_may_time_out_and_begin_again(plain: Bus, handle: TaskHandle) -> None:
     with pytest.raises(TimeoutError):
         await handle.result(0.02)
     waiting = asyncio.ensure_future(handle.result(5))

@@ -1,4 +1,4 @@
-"""What tools need open lives as long as the host of their node."""
+"""Connections of tools stay open as long as the host of their node."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ from loom.types import AgentNode, CapabilityProfile
 
 
 class Server:
-    """A tool server; it cannot be reached as often as `refusals` has it."""
+    """A tool server that refuses the first `refusals` connections."""
 
     def __init__(self, refusals: int = 0) -> None:
         self.refusals = refusals

@@ -40,7 +40,7 @@ async def consumers(bus: Bus, stream: str) -> set[str]:
     return set((await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream(stream)}"))["consumers"] or [])
 
 
-async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: Bus) -> None:
+async def test_all_streams_buckets_and_consumers_exist_after_the_first_apply(plain: Bus) -> None:
     assert await names(plain) == set()
     assert await topology.apply(plain, ClusterConfig()) == []
     s = plain.subjects
@@ -54,7 +54,7 @@ async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: 
     }
 
 
-async def test_applying_twice_changes_nothing_and_reports_nothing(bus: Bus) -> None:
+async def test_a_second_apply_changes_nothing_and_reports_nothing(bus: Bus) -> None:
     async def everything() -> list[Any]:
         found = [await bus.jetstream.api(f"STREAM.INFO.{name}") for name in sorted(await names(bus))]
         found += [

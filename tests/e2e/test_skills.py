@@ -75,7 +75,7 @@ async def test_a_task_without_bids_is_answered_by_its_matching_skill(
 
     done = events[-1]
     assert isinstance(done, Done)
-    assert done.content == "You said: a query for the best month"
+    assert done.content == "You wrote: a query for the best month"
     assert [message["content"] for message in model.requests[-1].messages] == [
         "You write SQL.",
         "a query for the best month",

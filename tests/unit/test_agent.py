@@ -25,10 +25,10 @@ async def test_an_answer_is_streamed_and_done_comes_last(
 
 
 async def test_run_returns_the_result_of_a_job_or_a_plain_description(make: MakeAgent) -> None:
-    assert (await make().run("Hello")).content == "You said: Hello"
+    assert (await make().run("Hello")).content == "You wrote: Hello"
     result = await make().run(JOB)
 
-    assert result.content == f"You said: {JOB.description}"
+    assert result.content == f"You wrote: {JOB.description}"
     assert result.tokens > 0
     assert result.steps == 1
 

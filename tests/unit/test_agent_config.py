@@ -156,7 +156,7 @@ async def test_an_environment_that_prevents_connections_is_named_and_not_retried
         assert caught.value.field == "environment"
         assert time.monotonic() - started < 0.9
         monkeypatch.delenv(variable)
-        assert (await provider.complete(ASK)).content == "You said: How do you do?"
+        assert (await provider.complete(ASK)).content == "You wrote: How do you do?"
 
     assert len(server.requests) == 1
 

@@ -34,13 +34,13 @@ COVERED = {
         "unit/test_defects.py::test_every_failure_of_a_model_is_a_loss_in_the_profile",
         "unit/test_agent_providers.py::test_every_exception_of_a_provider_is_a_failure",
         "unit/test_agent_answers.py::test_an_end_without_any_text_is_a_failure",
-        "unit/test_evaluate_policy.py::test_an_empty_result_is_refused",
+        "unit/test_retry_policy.py::test_an_empty_result_is_refused",
         "chaos/test_llm_faults.py::test_every_fault_of_a_model_ends_the_task_as_it_should",
     ],
     "unused nodes that die on the first submit": [
         "unit/test_lifecycle.py::test_a_first_task_leaves_unused_nodes_alone",
         "unit/test_lifecycle.py::test_a_node_without_history_is_healthy_however_long_it_idles",
-        "unit/test_apoptosis.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
+        "unit/test_retirement_policy.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
         "e2e/test_runtime.py::test_unused_nodes_stay_healthy",
     ],
     "streamed runs that cost nothing": [
@@ -50,12 +50,12 @@ COVERED = {
     ],
     "failing fast that pays": [
         "unit/test_reward_formulas.py::test_a_failure_earns_nothing_however_fast",
-        "unit/test_evaluate_policy.py::test_a_failure_scores_zero_if_the_node_is_at_fault_and_otherwise_gives_no_reward",
+        "unit/test_retry_policy.py::test_a_failure_scores_zero_if_the_node_is_at_fault_and_otherwise_gives_no_reward",
     ],
     "decay that is a cliff": [
         "unit/test_reward_formulas.py::test_the_decay_of_a_day_is_small_and_continuous",
         "unit/test_reward_formulas.py::test_a_claim_without_any_reward_does_not_fade",
-        "unit/test_match_policy.py::test_idle_knowledge_fades_towards_the_claim",
+        "unit/test_scoring.py::test_idle_knowledge_fades_towards_the_claim",
     ],
     "losses counted twice": [
         "unit/test_defects.py::test_a_loss_is_counted_once_despite_repeated_delivery",

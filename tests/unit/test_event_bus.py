@@ -137,4 +137,4 @@ async def test_an_agent_streams_a_text_and_ends_with_whole_milliseconds() -> Non
         await provider.aclose()
 
     assert isinstance(done, Done)
-    assert (done.content, type(done.duration_ms)) == ("You said: hello", int)
+    assert (done.content, type(done.duration_ms)) == ("You wrote: hello", int)
