@@ -181,7 +181,7 @@ async def test_a_run_ends_with_any_content_of_its_last_event(stage: Stage) -> No
             pass  # and so has no message
 
     odd: dict[str, Any] = {
-        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # what users do
+        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # as a user may pass
         "less": Done(content="x", steps=-1),
         "half": Done(content="x", usage=TokenUsage(prompt_tokens=1.5)),  # type: ignore[arg-type]
         "spent": AgentFailed("gave up", spent=Done(content="x", steps="three")),  # type: ignore[arg-type]
@@ -711,7 +711,7 @@ async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> Non
         assert [found and found.content for found in contents] == ["be kind | apples", "be kind | pears"]
 
 
-# -- who is there
+# -- announcements
 
 
 async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) -> None:
@@ -762,7 +762,7 @@ async def test_the_learned_profile_of_a_node_is_mirrored_into_it(stage: Stage) -
     assert (mine.capabilities.success_rate, mine.consecutive_losses) == (0.25, 2)
 
 
-# -- leaving
+# -- drains
 
 
 async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage) -> None:
@@ -777,7 +777,7 @@ async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage)
     await running.event("started")
     await queued.event("accepted")
     draining = asyncio.ensure_future(host.drain(5))
-    assert await queued.code() == "node_busy"  # it had not begun: another node may as well
+    assert await queued.code() == "node_busy"  # the run had not begun: another node may take it
     assert (await call(stage)).decline == "draining"
     assert (await (await run(stage, host, task_id="t3")).event("rejected")).code == "busy"
     assert stage.all("host", host_id=host.host_id)[-1].draining

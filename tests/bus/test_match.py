@@ -154,7 +154,7 @@ async def test_profiles_learned_before_the_start_are_known_to_the_first_auction(
     assert (await stage.seen("task", phase="execute")).award.evidence_seq == 9
 
 
-# -- how long offers are waited for
+# -- the bid window
 
 
 async def timed(stage: Stage, env: Envelope, phase: str = "execute") -> float:
@@ -185,7 +185,7 @@ async def quietly(**_facts: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
+async def test_a_proven_host_that_missed_three_windows_is_not_awaited_until_it_announces_itself(
     stage: Stage,
 ) -> None:
     await host(stage, "h1")
@@ -201,7 +201,7 @@ async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_i
     assert await timed(stage, task(stage)) > 0.39
 
 
-async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
+async def test_a_host_that_never_made_an_offer_slows_one_auction_in_two_seconds(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.match.calls.presence.UNPROVEN_BURST", 1)
@@ -213,7 +213,7 @@ async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
 
 
 @pytest.mark.slow
-async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage) -> None:
+async def test_twenty_thousand_invented_hosts_do_not_delay_a_task(stage: Stage) -> None:
     await host(stage, "h1")
     await match(stage)
     alone_s = max([await timed(stage, task(stage)) for _ in range(10)])
@@ -520,7 +520,7 @@ async def test_a_task_whose_node_was_busy_pauses_first(pinned: str | None, stage
     assert await timed(stage, task(stage, node_id=pinned, last_error=busy, busy_retries=4)) >= 0.08
 
 
-# -- the rest
+# -- other cases
 
 
 async def test_an_envelope_without_a_spec_is_a_dead_letter(stage: Stage) -> None:

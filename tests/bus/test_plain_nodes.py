@@ -61,7 +61,7 @@ async def test_a_plain_node_wins_by_its_announcement_alone(stage: Stage) -> None
     assert not stage.all("auction")
 
 
-async def test_a_plain_node_competes_with_nodes_that_bid_and_its_host_is_not_waited_for(stage: Stage) -> None:
+async def test_a_plain_node_competes_with_bidding_nodes_and_its_host_is_not_awaited(stage: Stage) -> None:
     replica = await stage.phase("match", LONG)
     one = await FakeHost(await stage.connect("node"), "h1").start()
     await announce(stage, replica)

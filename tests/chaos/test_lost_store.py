@@ -74,7 +74,7 @@ async def complete(bus: Bus) -> None:
 
 
 @pytest.mark.slow
-async def test_after_the_store_was_wiped_new_tasks_end_and_learning_goes_on(tmp_path: Path) -> None:
+async def test_after_a_wiped_store_new_tasks_end_and_learning_continues(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()
     try:

@@ -131,7 +131,7 @@ async def cluster(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
         yield bus
 
 
-async def test_every_kind_of_poison_message_is_dead_lettered_and_phases_go_on(
+async def test_every_kind_of_poison_message_is_dead_lettered_and_phases_continue(
     cluster: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes are kept, the task of each message ends as `dead_letter`, and later tasks succeed."""

@@ -109,7 +109,7 @@ async def hosting(url: str, namespace: str, **agents: object) -> AsyncIterator[N
 # -- loom run
 
 
-async def test_run_brings_all_it_needs_and_reports_in_order(start: Start, tmp_path: Path) -> None:
+async def test_run_starts_server_and_phases_and_reports_in_order(start: Start, tmp_path: Path) -> None:
     ended = await loom(start, "run", "tasks.jsonl", "--agents", "agents.py", NO_COLOR="1")
 
     results = [decode(line, TaskResult) for line in (tmp_path / "results.jsonl").read_bytes().splitlines()]
@@ -172,7 +172,7 @@ async def test_an_interrupted_run_keeps_its_results(start: Start, tmp_path: Path
 
 
 @pytest.mark.slow
-async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path: Path) -> None:
+async def test_a_closed_pipe_of_a_reader_does_not_end_the_run(start: Start, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -422,7 +422,7 @@ def test_a_bad_setting_ends_every_command(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.slow
-async def test_without_a_server_a_client_gives_up_soon(start: Start) -> None:
+async def test_without_a_server_a_client_fails_soon(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"nats://user:secret@127.0.0.1:{probe.getsockname()[1]}"
     ended = await loom(start, "tap", NATS_URL=url)

@@ -253,6 +253,6 @@ def test_a_file_without_nodes_is_refused_with_its_requirements(source: str, tmp_
         load_node_file(file)
 
 
-def test_a_node_in_place_of_an_agent_is_answered_with_where_it_goes() -> None:
+def test_a_node_in_place_of_an_agent_is_refused_with_the_right_call() -> None:
     with pytest.raises(LoomError, match=r"is a node already: add it by rt.cluster.add_node\(node\)"):
         Runtime().add_agent(AgentNode(agent=lambda text: text))

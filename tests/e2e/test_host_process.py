@@ -89,7 +89,7 @@ async def raises_beside(description: str) -> str:
 def interrupts(description: str) -> str:
     raise KeyboardInterrupt
 
-def tells_a_secret(description: str) -> str:
+def raises_a_secret(description: str) -> str:
     raise RuntimeError("GET https://x/?key=canary-in-a-url failed, Bearer " + os.environ["OPENAI_API_KEY"])
 
 async def quick(description: str) -> str:
@@ -228,7 +228,7 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
                 hosting(tmp_path, server.url, namespace, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=model.base_url) as host,
             ):
                 await bus.connection.subscribe_sync(">", messages.append)
-                ad = TaskAd(node_id="tells_a_secret", domain="x", description="x", timeout_s=20)
+                ad = TaskAd(node_id="raises_a_secret", domain="x", description="x", timeout_s=20)
                 result = await (await task_client.publish(bus, ad, deltas=True)).result(WITHIN_S)
                 listed = await loom(tmp_path, "task", "ls", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
                 one = await loom(

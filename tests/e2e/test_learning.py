@@ -134,7 +134,7 @@ async def test_an_invalid_task_fails_after_two_nodes_and_costs_them_nothing(clus
     assert cluster.rewards.all == []
 
 
-async def test_a_node_that_calls_every_ad_invalid_loses_its_share_as_one_that_fails(cluster: LearningCluster) -> None:
+async def test_a_node_that_rejects_every_ad_loses_its_share_like_a_failing_one(cluster: LearningCluster) -> None:
     await cluster.host(node("refusing", call_invalid, code=0.9), node("good", echo, code=0.5))
     results = await cluster.work(40)
 

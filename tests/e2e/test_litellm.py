@@ -131,7 +131,7 @@ async def test_a_job_of_a_reasoning_model_ends_with_its_answer(
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_a_whole_answer_has_the_reasoning_beside_it(
+async def test_a_whole_answer_has_the_reasoning_next_to_it(
     upstream: OpenAIServer, provider_of: Callable[..., OpenAIProvider], model: str
 ) -> None:
     agent = Agent(provider_of(model), AgentConfig(stream=False))

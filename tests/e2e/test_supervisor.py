@@ -125,7 +125,7 @@ def restarted(server: NatsServer, before: int) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_killed_comes_back_with_its_port_and_store(tmp_path: Path) -> None:
+async def test_a_killed_server_is_restarted_with_its_port_and_store(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()
     url = server.url

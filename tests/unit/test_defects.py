@@ -50,7 +50,7 @@ COVERED = {
     ],
     "failing fast that pays": [
         "unit/test_reward_formulas.py::test_a_failure_earns_nothing_however_fast",
-        "unit/test_retry_policy.py::test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise",
+        "unit/test_retry_policy.py::test_a_failure_scores_zero_if_the_node_is_at_fault_and_otherwise_gives_no_reward",
     ],
     "decay that is a cliff": [
         "unit/test_reward_formulas.py::test_the_decay_of_a_day_is_small_and_continuous",

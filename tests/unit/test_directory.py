@@ -108,7 +108,7 @@ async def test_hosts_of_two_owners_may_share_an_id_and_stay_separate(roster: Hos
     assert (roster.awaited_hosts(), roster.host_of("n1"), roster.host_of("acme.n1")) == ({key("h1")}, key("h1"), None)
 
 
-async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begins_again(
+async def test_an_overtaken_announcement_is_ignored_until_its_host_restarts(
     roster: HostDirectory, clock: Clock
 ) -> None:
     announce(roster, "h1", "n1", seq=7)

@@ -256,7 +256,7 @@ def test_a_configured_model_gets_the_same_functions_as_tools(monkeypatch: pytest
     }
 
 
-def test_loading_from_a_copy_finds_the_inputs_beside_it(
+def test_loading_from_a_copy_finds_the_inputs_next_to_it(
     tmp_path: Path, agents: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(EXAMPLES, tmp_path / "copy")

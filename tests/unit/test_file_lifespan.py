@@ -148,7 +148,7 @@ nodes = [AgentNode(id="n1", agent=lambda text: text)]
 """
 
 
-def test_a_file_defines_its_lifespan_beside_its_nodes(tmp_path: Path) -> None:
+def test_a_file_defines_its_lifespan_next_to_its_nodes(tmp_path: Path) -> None:
     script = tmp_path / "agents.py"
     script.write_text(f"{NODES}\nasync def lifespan():\n    yield\n")
     loaded = load_node_file(script)

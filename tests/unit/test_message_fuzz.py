@@ -317,7 +317,7 @@ def test_any_message_leads_to_loom_errors_only(target: Callable[[Forger], None],
 
 
 @pytest.mark.parametrize("count", [0, 1, 2**53 - 1])
-def test_a_stored_profile_whose_counts_do_not_fit_its_scores_goes_on_learning(count: int) -> None:
+def test_a_stored_profile_with_inconsistent_counts_continues_to_learn(count: int) -> None:
     scores = [[f"t{n}:1", 1.0, float(n)] for n in range(4)]
     stored = {"node_id": "n", "domains": {"code": {"scores": scores, "count": count, "mean": 1.0}}}
     reward = Reward(

@@ -74,7 +74,7 @@ def test_the_snapshot_of_a_full_profile_fits_a_message(scores: list[float], ende
     )
 
 
-def test_a_profile_from_before_entries_held_words_is_read() -> None:
+def test_a_profile_without_scores_by_source_is_read() -> None:
     old = b'{"node_id":"a","last_seq":3,"domains":{"code":{"scores":[["t:1:rules",1.0,2.5]],"count":1,"mean":1.0}}}'
     profile = decode(old, NodeProfile)
     assert profile.domains["code"].scores == (Score(attempt_id="t:1:rules", score=1.0, ended_at=2.5),)
