@@ -103,7 +103,7 @@ nodes = [AgentNode(id=f.__name__, agent=f, capabilities=CapabilityProfile(scores
 
 @asynccontextmanager
 async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIterator[Command]:
-    """`loom host run` with these agents, in a process of its own."""
+    """Run `loom host run` with these agents in a process."""
     (folder / "agents.py").write_text(AGENTS)
     own = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, **env}
     async with command(folder, *LOOM, "host", "run", str(folder / "agents.py"), **own) as host:
@@ -111,7 +111,7 @@ async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIt
 
 
 async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
-    """Hand in a task and return once it runs on that node."""
+    """Submit a task, and return once it runs on that node."""
     ad = TaskAd(domain=domain or node_id, description="x", timeout_s=60)
     handle = await task_client.publish(bus, ad, deltas=False)
 

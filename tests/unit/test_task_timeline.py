@@ -14,7 +14,7 @@ TRIP = ("match", "scale", "execute", "evaluate")
 
 
 def envelope(*phases: str, attempt: int = 1, **fields: object) -> Envelope:
-    """One whose hops each take 1 s after waiting 2 s, handed in at 1000."""
+    """Return an envelope, submitted at 1000, whose hops each wait 2 s and work 1 s."""
     hops = tuple(
         Hop(phase=phase, instance=f"i-{phase}", started=1002.0 + 3 * n, finished=1003.0 + 3 * n, step=n)  # type: ignore[arg-type]
         for n, phase in enumerate(phases)
