@@ -1,4 +1,4 @@
-"""The times of MATCH that an operator or a test may set."""
+"""The times of MATCH."""
 
 from dataclasses import dataclass
 

@@ -13,9 +13,9 @@ from support.phase_harness import Stage
 from support.runs import run
 from support.wait import until
 
-from loom.agents.host import announce_pace
-from loom.agents.host.announce_pace import AnnouncePace
+from loom.agents.host import announcer
 from loom.agents.host.announcement import announced_node, fit_size
+from loom.agents.host.announcer import AnnouncePace
 from loom.agents.host.node_partition import NodePartition
 from loom.agents.host.timings import HostTimings
 from loom.bus.host_directory import announced_hosts
@@ -78,7 +78,7 @@ async def test_a_draining_host_announces_it_three_times_under_rising_numbers(sta
 @pytest.mark.slow
 async def test_requests_for_announcements_are_answered_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = HostTimings(requested_announce_s=0.2, max_announce_delay_s=0.01)
-    monkeypatch.setattr(announce_pace, "BURST", 2)
+    monkeypatch.setattr(announcer, "BURST", 2)
     answers: list[float] = []
     pace = AnnouncePace(lambda: answers.append(time.monotonic()), timings)
     began = time.monotonic()
