@@ -317,7 +317,7 @@ async def main():
     print("closed in", time.monotonic() - begun, flush=True)
 
 asyncio.run(main())
-print("the program goes on")
+print("the program continues")
 """
 
 
@@ -328,6 +328,6 @@ async def test_a_program_continues_after_a_runtime_whose_agent_ignores_its_cance
     async with command(tmp_path, sys.executable, str(tmp_path / "program.py")) as program:
         ended = await program.end()
     assert ended.code == 0, ended.err
-    closed, goes_on = ended.out.splitlines()
+    closed, continued = ended.out.splitlines()
     assert float(closed.split()[-1]) < 6
-    assert goes_on == "the program goes on"
+    assert continued == "the program continues"

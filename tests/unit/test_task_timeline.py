@@ -79,7 +79,7 @@ def test_a_subtask_begins_with_its_admission() -> None:
         (envelope("sense", *TRIP[:3]), [1, 1, 1, 1]),
         (envelope("sense", *TRIP, *TRIP[:3], attempt=2), [1, 1, 1, 1, 1, 2, 2, 2]),
         (envelope("sense", *TRIP, attempt=2), [1, 1, 1, 1, 1]),  # on its way back to MATCH
-        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE hands back
+        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE returns the task
     ],
 )
 def test_hops_belong_to_attempts(env: Envelope, numbers: list[int]) -> None:
