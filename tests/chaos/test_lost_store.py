@@ -64,7 +64,7 @@ async def learned(bus: Bus, total: int, within_s: float = 20) -> NodeProfile:
 
 
 async def complete(bus: Bus) -> None:
-    """Wait until every stream, bucket and consumer is there."""
+    """Wait until every stream, bucket and consumer exists."""
 
     async def so() -> bool:
         seen = await topology.inspect(bus, ClusterConfig())
@@ -158,7 +158,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def roll_up(stage: Stage) -> None:
-    """Erase all hops by one message, as the server lets anyone do who may publish a hop."""
+    """Erase all hops by one message; the server allows it to every publisher of hops."""
     await stage.bus.jetstream.publish(
         stage.bus.subjects.later("match", "x", "y"), b"{}", headers={"Nats-Rollup": "all"}
     )

@@ -39,7 +39,7 @@ nodes = [AgentNode(id="sleeper", capabilities=CapabilityProfile(scores={"any": 0
 
 @pytest.fixture
 def server() -> Iterator[NatsServer]:
-    """A server of the test's own, to take away and bring back."""
+    """A server of one test, to stop and restart."""
     server = NatsServer()
     server.start()
     yield server
@@ -47,7 +47,7 @@ def server() -> Iterator[NatsServer]:
 
 
 class Agent:
-    """An agent that waits for leave to end."""
+    """An agent that waits for permission to end."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []

@@ -63,7 +63,7 @@ Start = Callable[..., Awaitable[Command]]
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the machine the tests run on."""
+    """Remove the settings of the machine from the environment."""
     for name in list(os.environ):
         if name.startswith(("LOOM_", "NATS_", "OPENAI_")) or name in {"COLUMNS", "NO_COLOR", "FORCE_COLOR"}:
             monkeypatch.delenv(name)
@@ -71,7 +71,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def start(environment: None, tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts `loom` in a folder of its own that holds agents.py and tasks.jsonl."""
+    """A function that starts `loom` in a new folder with agents.py and tasks.jsonl."""
     (tmp_path / "agents.py").write_text(AGENTS)
     (tmp_path / "tasks.jsonl").write_text(TASKS)
     started: list[asyncio.subprocess.Process] = []
@@ -352,7 +352,7 @@ async def test_submit_without_wait_prints_the_id_alone(start: Start, phases: Bus
 
 @pytest.fixture
 def quietly(environment: None) -> Iterator[None]:
-    """For commands run in this process: what they do to the logs is undone."""
+    """Undo the changes of commands in this process to logging."""
     yield
     log_output.reset()
 

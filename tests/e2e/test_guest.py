@@ -23,7 +23,7 @@ def _logs() -> Iterator[None]:
 
 
 def globals_of_the_process() -> dict[str, Any]:
-    """What a library could change for the whole process."""
+    """Return the state that a library could change for the whole process."""
     structure = structlog.get_config()
     return {
         "structlog": (structlog.is_configured(), {**structure, "processors": list(structure["processors"])}),

@@ -103,7 +103,7 @@ nodes = [AgentNode(id=f.__name__, agent=f, capabilities=CapabilityProfile(scores
 
 @asynccontextmanager
 async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIterator[Command]:
-    """`loom host run` with these agents, in a process of its own."""
+    """Run `loom host run` with these agents in a process."""
     (folder / "agents.py").write_text(AGENTS)
     own = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, **env}
     async with command(folder, *LOOM, "host", "run", str(folder / "agents.py"), **own) as host:
@@ -111,7 +111,7 @@ async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIt
 
 
 async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
-    """Hand in a task and return once it runs on that node."""
+    """Submit a task, and return once it runs on that node."""
     ad = TaskAd(domain=domain or node_id, description="x", timeout_s=60)
     handle = await task_client.publish(bus, ad, deltas=False)
 
@@ -317,7 +317,7 @@ async def main():
     print("closed in", time.monotonic() - begun, flush=True)
 
 asyncio.run(main())
-print("the program goes on")
+print("the program continues")
 """
 
 
@@ -328,6 +328,6 @@ async def test_a_program_continues_after_a_runtime_whose_agent_ignores_its_cance
     async with command(tmp_path, sys.executable, str(tmp_path / "program.py")) as program:
         ended = await program.end()
     assert ended.code == 0, ended.err
-    closed, goes_on = ended.out.splitlines()
+    closed, continued = ended.out.splitlines()
     assert float(closed.split()[-1]) < 6
-    assert goes_on == "the program goes on"
+    assert continued == "the program continues"

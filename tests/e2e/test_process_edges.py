@@ -80,7 +80,7 @@ in_container = pytest.mark.skipif(not _may_unshare(), reason="needs the right to
 
 
 def first_process(container: Command) -> int:
-    """Process 1 of a container, by its number here."""
+    """Return the host's process id of process 1 of a container."""
     [pid] = [own for own, args in below(container.process.pid).items() if "--mount-proc" not in args][:1]
     return pid
 

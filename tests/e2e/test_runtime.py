@@ -321,7 +321,7 @@ async def test_a_run_does_not_inherit_the_context_of_the_opening_caller(on_bus: 
 
 
 class Interrupts:
-    """A model provider that interrupts what asks it."""
+    """A model provider that raises KeyboardInterrupt or SystemExit in its caller."""
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         raise KeyboardInterrupt(params.max_tokens)

@@ -27,7 +27,7 @@ async def hosted(phases: Bus, on_bus: tuple[str, str]) -> Any:
 
 
 def task(*descriptions: str, **facts: Any) -> TaskAd:
-    """One whose parts are done one after the other, each named after what it does."""
+    """Return an ad whose subtasks run one after the other, each named after its work."""
     plan = [
         {"id": text, "description": text, "dependencies": list(descriptions[:index])}
         for index, text in enumerate(descriptions)

@@ -96,7 +96,7 @@ def test_a_limit_below_one_is_refused(limits: dict[str, int]) -> None:
 
 
 def costing(answer: list[StreamChunk], prompt: int, completion: int) -> list[StreamChunk]:
-    """`answer` with what it took."""
+    """Return `answer` with its token usage."""
     usage = Usage(prompt_tokens=prompt, completion_tokens=completion)
     return [*answer[:-1], replace(answer[-1], usage=usage)]
 

@@ -59,7 +59,7 @@ def in_hand(host: NodeHost, node_id: str, count: int) -> None:
 
 
 def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[list[Bid], bool]:
-    """All bids in their order, and whether any node could, busy or not."""
+    """Return all bids in order, and whether any node is qualified, busy or not."""
     able = [
         node
         for node in there

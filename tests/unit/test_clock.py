@@ -10,7 +10,7 @@ from loom.bus.natsio.clock import ServerClock
 
 
 class Clocks:
-    """The two clocks of a process, in the test's hand."""
+    """The two clocks of a process, set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall, self.monotonic = 1_000_000.0, 50.0

@@ -108,7 +108,7 @@ async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
 
 
 async def ended(agent: StreamingAgent) -> Envelope:
-    """Return how a task ends whose one attempt this agent makes."""
+    """Return the ended task after its only attempt by this agent."""
     task = awarded(envelope(ad("What is 2 + 3?", token_budget=10_000), now=0))
     job = RunRequest(task_id=task.task_id, attempt=1, description="What is 2 + 3?", remaining_s=2)
     try:
@@ -121,7 +121,7 @@ async def ended(agent: StreamingAgent) -> Envelope:
 
 
 def learned(*tasks: Envelope) -> tuple[NodeProfile, list[Reward]]:
-    """Return what is known of the node after these tasks, and what it earned for them."""
+    """Return the profile of the node after these tasks, and its rewards for them."""
     profile, rewards = NodeProfile(node_id="n1"), []
     for seq, task in enumerate(tasks, 1):
         reward = reward_for(task, task.error, float(seq))

@@ -35,7 +35,7 @@ class Clock:
 
 
 class Changes:
-    """A bucket's reader that has one batch."""
+    """A reader of a bucket with one batch."""
 
     def __init__(self, profiles: Iterable[Any]) -> None:
         read = [decode(encode(profile), PartialProfile) for profile in profiles]

@@ -41,7 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def inputs(agents: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the test's own in place of examples/inputs."""
+    """A new folder in place of examples/inputs."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     monkeypatch.setattr(sys.modules["analysis.input_files"], "INPUTS", folder.resolve())

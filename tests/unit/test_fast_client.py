@@ -17,7 +17,7 @@ Seen = tuple[int, str, str, bytes, dict[str, str]]
 
 
 class RecordingClient(FastClient):
-    """A client that keeps what is delivered, and never had a connection."""
+    """A client without a connection that records delivered messages."""
 
     def __init__(self) -> None:
         self.messages: list[Seen] = []

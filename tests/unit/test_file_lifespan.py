@@ -17,7 +17,7 @@ FILE = Path("agents.py")
 
 
 async def seen(make: Callable[[list[str]], Any]) -> list[str]:
-    """What happens, in order, around a body."""
+    """Return the events around a body, in order."""
     steps: list[str] = []
     async with entered(lifespan_of(make(steps)), FILE):
         steps.append("body")

@@ -31,7 +31,7 @@ OBJECTS = [
 def sprinkled(value: Any, null: Any) -> tuple[Any, Any]:
     """A message as plain JSON with nulls for some of its fields, and the same without these fields.
 
-    The objects decide what is a message; what is a plain dictionary or list may be free JSON.
+    The objects decide which values are messages; plain dictionaries and lists may be free JSON.
     """
     if isinstance(value, tuple):
         pairs = [sprinkled(one, null) for one in value]

@@ -21,7 +21,7 @@ nodes = [AgentNode(id="shouter", capabilities=CapabilityProfile(scores={"loud": 
 
 @pytest.fixture(autouse=True)
 def _import_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a file changes what can be imported: undone after each test."""
+    """Undo the changes of a loaded file to the importable modules after each test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "modules", {**sys.modules})
 

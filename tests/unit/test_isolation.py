@@ -53,7 +53,7 @@ class Visitors:
 
 
 async def settled() -> None:
-    """Let everything that can run, run."""
+    """Run the event loop until no task is ready."""
     for _ in range(10):
         await asyncio.sleep(0)
 

@@ -121,7 +121,7 @@ class Forger:
         return text.encode()
 
     def made(self, shape: Any, read: Callable[[bytes], Any] | None = None) -> Any:
-        """Return a message that can be read; None when none came up."""
+        """Return a decodable message, or None without one."""
         for _ in range(8):
             try:
                 return (read or (lambda raw: decode(raw, shape)))(self.body(shape))
@@ -285,7 +285,7 @@ def hosts(forger: Forger) -> None:
 
 
 class Ack(msgspec.Struct):
-    """What a server answers to a stored message."""
+    """The answer of a server to a stored message."""
 
     stream: str = ""
     seq: int = 0

@@ -17,7 +17,7 @@ SENTENCE = "no node rates itself in 'sael'; did you mean 'sales'?"
 
 
 def known(*nodes: AgentNode | SpawnedNode | AnnouncedNode) -> AnnouncedNodes:
-    """The nodes that one host has announced."""
+    """The announced nodes of one host."""
     there = AnnouncedNodes()
     shapes = tuple(one if isinstance(one, AnnouncedNode) else announced_node(one, 4) for one in nodes)
     there.update(announced("h1", nodes=shapes))

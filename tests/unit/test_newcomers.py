@@ -112,7 +112,7 @@ def test_failing_names_with_late_judgements_win_the_share_of_one(
 
 
 def test_among_the_nodes_of_one_owner_each_has_its_own_chance() -> None:
-    """Names are an advantage over other owners only: a cluster of one named owner learns as one of `local` does."""
+    """Names are an advantage over other owners only: a cluster of one named owner learns like one of `local`."""
 
     def picks(owner: str) -> float:
         luck = {"a": 0.9, "b": 0.4, "c": 0.2}

@@ -44,7 +44,7 @@ def accepting(*texts: str, best_effort: bool = False) -> Envelope:
 
 
 def shown(end: Any) -> TaskResult:
-    """What a submitter gets of that end."""
+    """Return the result that a submitter gets."""
     record = succeeded(
         end.envelope, state=end.state, score=end.score, below_threshold=end.below_threshold, rejected=end.rejected
     )

@@ -136,7 +136,7 @@ class Named(Protocol):
 
 
 class OwnJob(Job, frozen=True, kw_only=True):
-    """A user's own class of jobs."""
+    """A job class of a user."""
 
 
 @pytest.mark.parametrize(

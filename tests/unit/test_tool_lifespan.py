@@ -17,7 +17,7 @@ CONTEXT = ToolContext(task_id="t1", attempt=1, remaining_s=10)
 
 
 class Server:
-    """Counts what is opened and closed; where `fault` is set, opening or closing raises it."""
+    """Counts openings and closings; if `fault` is set, opening or closing raises it."""
 
     def __init__(self) -> None:
         self.opened: list[asyncio.Task[Any] | None] = []
