@@ -1,16 +1,11 @@
-"""The submitter of a checkout: reads orders as lines of JSON, and prints the outcome of each.
+"""The submitter of a checkout; it carries out orders."""
 
-An order is `{"tasks": …, "in_flight": …}`; its outcome is `{"times_s": […], "failures": {code: tasks}}`.
-"""
-
-import asyncio
-import json
 import os
-import sys
 from collections import Counter
 
 from bench.checkout.event_loop import run
 from bench.checkout.loom_names import Bus, TaskAd, configure_logs, publish
+from bench.checkout.orders import serve_orders
 from bench.measure import closed_loop
 
 FILLER_BYTES = 600
@@ -40,18 +35,12 @@ class Submitter:
             self._failures[result.error.code if result.error else result.state] += 1
 
 
-async def serve_orders() -> None:
-    """Carry out the orders of standard input until it is closed."""
-    loop = asyncio.get_running_loop()
+async def submit_on_order() -> None:
+    """Connect, and carry out the orders of standard input."""
     async with Bus(os.environ["NATS_URL"], namespace=os.environ["LOOM_NAMESPACE"], role="client") as bus:
-        submitter = Submitter(bus)
-        print("ready", flush=True)
-        while line := await loop.run_in_executor(None, sys.stdin.readline):
-            order = json.loads(line)
-            outcome = await submitter.carry(order["tasks"], order["in_flight"])
-            print(json.dumps(outcome), flush=True)
+        await serve_orders(Submitter(bus).carry)
 
 
 if __name__ == "__main__":
     configure_logs("error")
-    run(serve_orders())
+    run(submit_on_order())

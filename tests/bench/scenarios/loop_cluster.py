@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.scenarios.process_group import Checkout, ProcessGroup, process_group
 from bench.scenarios.scenario import Scenario
-from loom.schemas.envelope import PHASES
+from loom.schemas.envelope import PHASES, Phase
 
 PROGRAMS = Path(__file__).parents[1] / "checkout"
 
@@ -24,8 +24,7 @@ async def loop_cluster(scenario: Scenario, checkout: Checkout) -> AsyncIterator[
 
 
 async def _start_phases(group: ProcessGroup, scenario: Scenario, namespace: str) -> None:
-    groups = [[phase] for phase in PHASES] if scenario.phase_processes else [list(PHASES)]
-    for number, phases in enumerate(groups * scenario.replicas):
+    for number, phases in enumerate(phase_groups(scenario)):
         name = f"phases {namespace} {number}"
         program = PROGRAMS / "run_phases.py"
         await group.start(name, program, *phases, namespace=namespace)
@@ -38,6 +37,12 @@ async def start_hosts(group: ProcessGroup, scenario: Scenario, namespace: str, p
         hosts = scenario.hosts // processes + (number < scenario.hosts % processes)
         arguments = (f"p{number}", str(hosts), str(scenario.nodes_each), *words)
         await group.start(f"hosts {namespace} {number}", program, *arguments, namespace=namespace)
+
+
+def phase_groups(scenario: Scenario) -> list[list[Phase]]:
+    """Return the phases of each process; those of the first replica come first."""
+    groups: list[list[Phase]] = [[phase] for phase in PHASES] if scenario.phase_processes else [list(PHASES)]
+    return groups * scenario.replicas
 
 
 def namespaces(scenario: Scenario) -> list[str]:

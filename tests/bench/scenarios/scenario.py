@@ -25,6 +25,8 @@ class Scenario:
     single: int = 200
     """Tasks with one in flight."""
     in_flight: int = 256
+    round_s: int = 40
+    """Seconds that a round of all systems takes on a machine with two cores."""
 
 
 SCENARIOS = {
@@ -34,7 +36,7 @@ SCENARIOS = {
         Scenario("32-nodes", "2 hosts x 16 nodes", nodes_each=16),
         Scenario("200-nodes", "2 hosts x 100 nodes", nodes_each=100),
         Scenario("50-hosts", "50 hosts x 1 node", hosts=50, tasks=1000, single=100),
-        Scenario("failures", "5 % failed attempts", fail_every=20),
+        Scenario("failures", "5 % failed attempts, 2 hosts x 2 nodes", nodes_each=2, fail_every=20),
         Scenario(
             "1000-hosts",
             "1,000 hosts x 1 node, 16 in flight",
@@ -43,6 +45,7 @@ SCENARIOS = {
             tasks=100,
             single=10,
             in_flight=16,
+            round_s=120,
         ),
         Scenario("six-processes", "a process for each phase", phase_processes=True),
         Scenario("replicas", "4 replicas of each phase", replicas=4),

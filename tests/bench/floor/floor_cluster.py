@@ -1,0 +1,105 @@
+"""The floor in the world of a scenario, and the sizes of the messages that the loop itself publishes there."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import nats
+from nats.aio.msg import Msg
+
+from bench.floor.floor_world import FloorWorld, MessageSizes, Pattern
+from bench.scenarios.loop_cluster import loop_cluster, namespaces, phase_groups, start_hosts
+from bench.scenarios.process_group import Checkout, ProcessGroup, process_group
+from bench.scenarios.scenario import Scenario
+from loom.bus.subjects import Subjects
+
+PROGRAMS = Path(__file__).parent
+WARM_UP = 20
+SETTLE_S = 0.2
+"""Seconds after a task until ADAPT has written the profile."""
+
+
+@asynccontextmanager
+async def floor_cluster(scenario: Scenario, pattern: Pattern, sizes: MessageSizes) -> AsyncIterator[ProcessGroup]:
+    """Run phases, hosts and submitters of the floor on a new server."""
+    async with process_group(Checkout()) as group:
+        for namespace in namespaces(scenario):
+            world = FloorWorld(
+                pattern=pattern,
+                hosts=tuple(host_names(scenario)),
+                nodes_each=scenario.nodes_each,
+                fail_every=scenario.fail_every,
+                sizes=sizes,
+            )
+            await _start(group, scenario, namespace, msgspec.json.encode(world).decode())
+        yield group
+
+
+async def _start(group: ProcessGroup, scenario: Scenario, namespace: str, world: str) -> None:
+    for number, phases in enumerate(phase_groups(scenario)):
+        first = number < len(phase_groups(scenario)) // scenario.replicas
+        words = (world, "adapt" if first else "-", *phases)
+        await group.start(f"phases {namespace} {number}", PROGRAMS / "run_phases.py", *words, namespace=namespace)
+    await start_hosts(group, scenario, namespace, PROGRAMS / "run_hosts.py", world)
+    await group.start_submitter(f"submitter {namespace}", PROGRAMS / "run_submitter.py", world, namespace=namespace)
+
+
+def host_names(scenario: Scenario) -> Iterator[str]:
+    """Yield the names of a scenario's hosts."""
+    processes = min(scenario.host_processes, scenario.hosts)
+    for number in range(processes):
+        hosts = scenario.hosts // processes + (number < scenario.hosts % processes)
+        yield from (f"p{number}-{host}" for host in range(hosts))
+
+
+async def measured_sizes(scenario: Scenario) -> MessageSizes:
+    """Return the sizes of the messages of one task through the loop of this checkout."""
+    async with loop_cluster(scenario, Checkout()) as group:
+        await group.carry(WARM_UP, 1)
+        sizes: defaultdict[str, list[int]] = defaultdict(list)
+
+        async def add(msg: Msg) -> None:
+            if name := _kind(msg.subject):
+                sizes[name].append(len(msg.data))
+
+        connection = await nats.connect(group.url)
+        try:
+            for subject in (f"{namespaces(scenario)[0]}.>", "$KV.>"):
+                await connection.subscribe(subject, cb=add)
+            await connection.flush()
+            await group.carry(scenario.namespaces, scenario.namespaces)
+            await asyncio.sleep(SETTLE_S)
+            await connection.flush()
+        finally:
+            await connection.close()
+    return _as_sizes(sizes)
+
+
+def _kind(subject: str) -> str:
+    """Return the name of a message by its subject; empty for a message that is not part of a task."""
+    if subject.startswith("$KV."):
+        return subject.split(".")[1].rpartition("_")[2]  # records, nodes
+    parsed = Subjects(subject.partition(".")[0]).parse(subject)
+    if parsed is None:
+        return ""
+    return parsed.tokens["phase"] if parsed.family == "task" else parsed.family
+
+
+def _as_sizes(sizes: defaultdict[str, list[int]]) -> MessageSizes:
+    """Return the last size of each kind; a kind that the loop does not publish keeps its usual size."""
+    fields = {
+        "submission": "intake",
+        "call": "auction",
+        "profile": "nodes",
+        **{name: name for name in ("match", "offer", "scale", "execute", "run", "delta", "evaluate", "reward")},
+        **{name: name for name in ("result", "lifecycle")},
+    }
+    measured = {field: sizes[kind][-1] for field, kind in fields.items() if sizes[kind]}
+    if len(records := sizes["records"]) >= 2:
+        measured |= {"record_created": records[0], "record_claimed": records[-2], "record_ended": records[-1]}
+    if events := sizes["event"]:
+        measured["run_ended"] = events[-1]
+    return MessageSizes(**measured)
