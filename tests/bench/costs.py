@@ -18,10 +18,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import faststream_chain
 from bench.floor.floor_cluster import floor_cluster, measured_sizes
-from bench.floor.floor_world import MessageSizes
 from bench.raw_pipe import raw_pipe
 from bench.scenarios.loop_cluster import loop_cluster
-from bench.scenarios.measurement import Measurement, measure
+from bench.scenarios.measurement import Measurement, measure, measure_running
 from bench.scenarios.process_group import ROLES, ROOT, Checkout, cpu_by_role
 from bench.scenarios.scenario import SCENARIOS, Scenario
 from loom.runner import log_output
@@ -49,10 +48,13 @@ async def measure_bus(amounts: Mapping[str, int]) -> Row:
     return row
 
 
-async def measure_scenario(scenario: Scenario, sizes: MessageSizes) -> Row:
-    """Measure the loop and both floors."""
+async def measure_scenario(scenario: Scenario) -> Row:
+    """Measure the loop, and both floors with the sizes of its messages."""
+    async with loop_cluster(scenario, Checkout()) as group:
+        loop = await measure_running(group, scenario)
+        sizes = await measured_sizes(group)
     return {
-        LOOP: await measure(loop_cluster(scenario, Checkout()), scenario),
+        LOOP: loop,
         FULL: await measure(floor_cluster(scenario, "full", sizes), scenario),
         REDUCED: await measure(floor_cluster(scenario, "reduced", sizes), scenario),
     }
@@ -66,7 +68,9 @@ def table(bus: Sequence[Row], scenarios: Mapping[str, Sequence[Row]]) -> Iterato
         scenarios: Title of a scenario -> its measurements, one for each round.
     """
     yield (
-        "| scenario | " + " | ".join(ROLES) + " | total | raw pipe | floor | reduced | FastStream | tasks/s | p50 ms |"
+        "| scenario | "
+        + " | ".join(ROLES)
+        + " | total | / raw pipe | / floor | / reduced | / FastStream | tasks/s | p50 ms |"
     )
     yield "|---" * (len(ROLES) + 8) + "|"
     for name in bus[0]:
@@ -137,7 +141,6 @@ def write_docs(lines: Sequence[str], file: Path = DOCS) -> None:
 
 async def run(chosen: Sequence[Scenario], rounds: int, amounts: Mapping[str, int]) -> list[str]:
     """Measure in interleaved rounds, print the table, and return its lines."""
-    sizes = {scenario.name: await measured_sizes(scenario) for scenario in chosen}
     bus: list[Row] = []
     measured: dict[str, list[Row]] = {scenario.title: [] for scenario in chosen}
     for number in range(1, rounds + 1):
@@ -145,7 +148,7 @@ async def run(chosen: Sequence[Scenario], rounds: int, amounts: Mapping[str, int
         bus.append(await measure_bus(amounts))
         for scenario in chosen:
             print(f"round {number} of {rounds}: {scenario.title}", file=sys.stderr, flush=True)
-            measured[scenario.title].append(await measure_scenario(scenario, sizes[scenario.name]))
+            measured[scenario.title].append(await measure_scenario(scenario))
     lines = list(table(bus, measured))
     print("\n".join((*lines, *failures(measured))), flush=True)
     return lines

@@ -1,4 +1,4 @@
-"""The floor in the world of a scenario, and the sizes of the messages that the loop itself publishes there."""
+"""The floor in the world of a scenario, and the sizes of the messages that the loop publishes there."""
 
 import asyncio
 from collections import defaultdict
@@ -11,13 +11,12 @@ import nats
 from nats.aio.msg import Msg
 
 from bench.floor.floor_world import FloorWorld, MessageSizes, Pattern
-from bench.scenarios.loop_cluster import loop_cluster, namespaces, phase_groups, start_hosts
+from bench.scenarios.loop_cluster import namespaces, phase_groups, start_hosts
 from bench.scenarios.process_group import Checkout, ProcessGroup, process_group
 from bench.scenarios.scenario import Scenario
 from loom.bus.subjects import Subjects
 
 PROGRAMS = Path(__file__).parent
-WARM_UP = 20
 SETTLE_S = 0.2
 """Seconds after a task until ADAPT has written the profile."""
 
@@ -55,34 +54,33 @@ def host_names(scenario: Scenario) -> Iterator[str]:
         yield from (f"p{number}-{host}" for host in range(hosts))
 
 
-async def measured_sizes(scenario: Scenario) -> MessageSizes:
-    """Return the sizes of the messages of one task through the loop of this checkout."""
-    async with loop_cluster(scenario, Checkout()) as group:
-        await group.carry(WARM_UP, 1)
-        sizes: defaultdict[str, list[int]] = defaultdict(list)
+async def measured_sizes(group: ProcessGroup, namespace: str = "loom") -> MessageSizes:
+    """Return the sizes of the messages of one task through a running loop."""
+    sizes: defaultdict[str, list[int]] = defaultdict(list)
 
-        async def add(msg: Msg) -> None:
-            if name := _kind(msg.subject):
-                sizes[name].append(len(msg.data))
+    async def add(msg: Msg) -> None:
+        if name := _kind(msg.subject, namespace):
+            sizes[name].append(len(msg.data))
 
-        connection = await nats.connect(group.url)
-        try:
-            for subject in (f"{namespaces(scenario)[0]}.>", "$KV.>"):
-                await connection.subscribe(subject, cb=add)
-            await connection.flush()
-            await group.carry(scenario.namespaces, scenario.namespaces)
-            await asyncio.sleep(SETTLE_S)
-            await connection.flush()
-        finally:
-            await connection.close()
+    connection = await nats.connect(group.url)
+    try:
+        for subject in (f"{namespace}.>", "$KV.>"):
+            await connection.subscribe(subject, cb=add)
+        await connection.flush()
+        await group.carry(1, 1)
+        await asyncio.sleep(SETTLE_S)
+        await connection.flush()
+    finally:
+        await connection.close()
     return _as_sizes(sizes)
 
 
-def _kind(subject: str) -> str:
+def _kind(subject: str, namespace: str) -> str:
     """Return the name of a message by its subject; empty for a message that is not part of a task."""
     if subject.startswith("$KV."):
-        return subject.split(".")[1].rpartition("_")[2]  # records, nodes
-    parsed = Subjects(subject.partition(".")[0]).parse(subject)
+        bucket = subject.split(".")[1]
+        return bucket.removeprefix(f"{namespace}_") if bucket.startswith(f"{namespace}_") else ""
+    parsed = Subjects(namespace).parse(subject)
     if parsed is None:
         return ""
     return parsed.tokens["phase"] if parsed.family == "task" else parsed.family

@@ -26,14 +26,19 @@ class Measurement:
 
 
 async def measure(system: AbstractAsyncContextManager[Contender], scenario: Scenario, *, fewer: int = 1) -> Measurement:
-    """Start a system, warm it up, and measure it.
+    """Start a system, warm it up, and measure it; `fewer` is that of `measure_running`."""
+    async with system as contender:
+        return await measure_running(contender, scenario, fewer=fewer)
+
+
+async def measure_running(contender: Contender, scenario: Scenario, *, fewer: int = 1) -> Measurement:
+    """Warm a running system up, and measure it.
 
     Args:
         fewer: Divides the number of tasks, for a slow system.
     """
     tasks = max(scenario.tasks // fewer, 1)
-    async with system as contender:
-        await contender.carry(max(tasks // WARM_UP_SHARE, 1), min(WARM_UP_IN_FLIGHT, scenario.in_flight))
-        single = await load(contender, scenario.single, 1)
-        many = await load(contender, tasks, scenario.in_flight)
-        return Measurement(single, many, dict(getattr(contender, "failures", {})))
+    await contender.carry(max(tasks // WARM_UP_SHARE, 1), min(WARM_UP_IN_FLIGHT, scenario.in_flight))
+    single = await load(contender, scenario.single, 1)
+    many = await load(contender, tasks, scenario.in_flight)
+    return Measurement(single, many, dict(getattr(contender, "failures", {})))
