@@ -18,11 +18,12 @@ from loom.phases.adapt.rebuild import read_profiles, rebuild
 from loom.schemas.base import Undecodable
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT, split_qualified
-from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 log = get_logger()
 
-STANDBY_S = 1.0  # a standby writes what the active replica has not written by then
 LEARNED_TASKS = 256  # task ids in one `learned` event
 
 
@@ -36,13 +37,23 @@ class ProfileWriter:
         forget: Whether scores from before a change of a node are dropped.
         weights: Weights of reward sources.
         on_change: Called when a profile has to be written.
+        standby_s: Seconds after which a standby writes what the active replica has not written.
     """
 
-    def __init__(self, bus: Bus, *, forget: bool, weights: Mapping[str, float], on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        forget: bool,
+        weights: Mapping[str, float],
+        on_change: Callable[[], None],
+        standby_s: float,
+    ) -> None:
         self._bus = bus
         self._forget = forget
         self._weights = weights
         self._on_change = on_change
+        self._standby_s = standby_s
         self._bucket = bus.bucket("nodes", NodeProfile)
         self._profiles: dict[str, NodeProfile] = {}
         self._revisions: dict[str, int] = {}
@@ -168,7 +179,7 @@ class ProfileWriter:
                 if stored is None or await self._is_beyond_stream(key, stored) or self._adopt(stored):
                     continue
                 self._changes.pop(key, None)
-                self._standby_until = time.monotonic() + STANDBY_S
+                self._standby_until = time.monotonic() + self._standby_s
                 return
             self._revisions[key] = revision
             self._drop_written(profile)

@@ -11,7 +11,8 @@ from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import WEIGHTS
 from loom.schemas.identity import qualified, split_qualified
-from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS, Reward, Snapshot
 
 Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
 """same: the stored profile equals the rebuilt one. behind: it equals an earlier state of it. differs: it does not.

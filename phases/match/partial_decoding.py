@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from loom.schemas.base import Count, Name, Timestamp, Unit, decode
 from loom.schemas.identity import LOCAL_OWNER, node_key, qualified
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.record import ENDED
 from loom.schemas.tokens import Token
 

@@ -9,8 +9,11 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.identity import node_key
-from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.profile import WINDOW, NodeProfile
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
@@ -30,7 +33,7 @@ async def learned(stage: Stage, total: int, node: str = "n1") -> NodeProfile:
 
 
 async def refolded(stage: Stage, node: str = "n1") -> NodeProfile:
-    """Return what the stream itself says of a node, folded from the beginning."""
+    """Return the profile of a node by the stream itself, folded from the beginning."""
     known = NodeProfile(node_id=node)
     stream = stage.bus.subjects.stream("REWARDS")
     last = (await stage.bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
@@ -50,7 +53,7 @@ async def writes(stage: Stage) -> int:
 
 
 def hold(adapt: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
-    """Hold back what a replica writes; return what is set once it writes, and what lets it go on."""
+    """Hold the writes of a replica; return an event set at its first write, and an event that releases it."""
     bucket, entered, go = adapt.service._writer._bucket, asyncio.Event(), asyncio.Event()
     update = bucket.update
 
@@ -67,7 +70,7 @@ def tasks_named(stage: Stage, node: str = "n1") -> set[str]:
     return {task for news in stage.all("lifecycle", kind="learned", node_id=node) for task in news.task_ids}
 
 
-async def test_a_reward_becomes_a_profile_and_is_told(stage: Stage) -> None:
+async def test_a_reward_becomes_a_profile_and_is_published(stage: Stage) -> None:
     await stage.phase("adapt")
     await publish(stage, reward(1, score=0.25))
     news = await stage.seen("lifecycle", kind="learned", node_id="n1")
@@ -92,7 +95,7 @@ async def test_a_storm_is_folded_whole_and_written_in_few_batches(stage: Stage) 
     await until(lambda: len(tasks_named(stage)) == 600, what="every task is named")
 
 
-async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rewards_that_come_during_a_write_are_written_next(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt: Any = await stage.phase("adapt")
     entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
@@ -108,7 +111,7 @@ async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypat
 async def test_an_inheritance_that_comes_during_a_write_is_written_next(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names no task: that it is unwritten shows in the profile alone."""
+    """It names no task: only the profile shows that it is unwritten."""
     adapt: Any = await stage.phase("adapt")
     entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
@@ -130,7 +133,7 @@ async def test_each_node_has_a_profile_of_its_own(stage: Stage) -> None:
         assert await learned(stage, 10, f"n{n}") == await refolded(stage, f"n{n}")
 
 
-async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage) -> None:
+async def test_a_revised_score_replaces_its_twin_and_is_published_again(stage: Stage) -> None:
     await stage.phase("adapt")
     await publish(stage, reward(1, score=1.0))
     await stage.seen("lifecycle", kind="learned")
@@ -142,7 +145,7 @@ async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage)
     assert (stored.total_tasks, stored.domains["code"].mean, stored.last_seq) == (1, 0.25, 2)
 
 
-async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage: Stage) -> None:
+async def test_garbage_on_the_reward_bus_changes_no_profile_and_stops_no_replica(stage: Stage) -> None:
     await stage.phase("adapt")
     subjects = stage.bus.subjects
     await stage.bus.jetstream.publish(subjects.of("reward", "rules", "local", "n1", "code"), b"\xff not a reward")
@@ -157,7 +160,7 @@ async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage:
     assert await profile(stage, "n2") is None
 
 
-async def test_only_adapt_publishes_inheritances_and_only_what_its_subject_says_counts(stage: Stage) -> None:
+async def test_only_adapt_publishes_inheritances_and_only_their_subject_counts(stage: Stage) -> None:
     adapt = await stage.phase("adapt")
     subjects = stage.bus.subjects
     await publish(stage, reward(1, kind="inherit", source="person"), reward(2, kind="snapshot", source="rules"))
@@ -176,11 +179,11 @@ async def test_one_name_of_two_owners_is_two_nodes(stage: Stage) -> None:
     await publish(stage, reward(1), reward(2, score=0.0, owner="acme"), reward(3, owner="acme"))
     await learned(stage, 1)
 
-    async def theirs() -> NodeProfile | None:
+    async def other_profile() -> NodeProfile | None:
         entry = await stage.bus.bucket("nodes", NodeProfile).get("acme.n1")
         return entry.value if entry is not None and entry.value.total_tasks == 2 else None
 
-    found = await until(theirs, what="the other owner's node has a profile of its own")
+    found = await until(other_profile, what="the other owner's node has a profile of its own")
     assert found is not None
     assert (found.owner, found.node_id, found.domains["code"].mean) == ("acme", "n1", 0.5)
     news = await stage.seen("lifecycle", kind="learned", owner="acme", node_id="n1")
@@ -203,8 +206,8 @@ async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) 
     assert stored.total_tasks == 16
 
 
-async def test_a_drain_writes_what_is_folded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.adapt.service.BATCH_S", 60)
+async def test_a_drain_writes_the_folded_rewards(stage: Stage) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(batch_s=60))
     adapt: Any = await stage.phase("adapt")
     await publish(stage, reward(1))
     await until(lambda: adapt.service._profiles, what="it is folded")
@@ -235,9 +238,9 @@ async def at_the_end(stage: Stage) -> bool:
 
 
 @pytest.fixture
-async def replicas(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
-    """Two replicas; a standby looks after 0.2 s."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.2)
+async def replicas(stage: Stage) -> list[Replica]:
+    """Two replicas; a standby checks after 0.2 s."""
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.2))
     return [await stage.phase("adapt"), await stage.phase("adapt")]
 
 
@@ -281,9 +284,11 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
     assert {"t3", "t4", "t5"} <= tasks_named(stage)
 
 
-async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.1)
+async def test_a_replica_that_lags_behind_adopts_the_stored_profile(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own write conflicts while it folds on: neither the rewards folded since nor the stored ones are lost."""
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.1))
     slow: Any = await stage.phase("adapt")
     entered, go = hold(slow, monkeypatch)
     await publish(stage, reward(1))
@@ -312,14 +317,14 @@ async def put_profile(stage: Stage, wanted: NodeProfile) -> None:
 
 
 @pytest.mark.parametrize("last_seq", [4, 2**50])
-async def test_a_profile_beyond_the_stream_is_not_believed_at_the_start(stage: Stage, last_seq: int) -> None:
+async def test_a_profile_beyond_the_stream_is_refused_at_the_start(stage: Stage, last_seq: int) -> None:
     await publish(stage, *(reward(n) for n in range(3)))
     await put_profile(stage, forged(last_seq))
     await stage.phase("adapt")
     assert await rebuilt(stage, 3) == await refolded(stage)
 
 
-async def test_what_is_stored_of_a_node_is_kept_where_the_stream_was_lost(stage: Stage) -> None:
+async def test_the_stored_profile_of_a_node_is_kept_where_the_stream_was_lost(stage: Stage) -> None:
     await put_profile(stage, forged(4))
     await stage.phase("adapt")
     await publish(stage, reward(1))
@@ -328,7 +333,7 @@ async def test_what_is_stored_of_a_node_is_kept_where_the_stream_was_lost(stage:
 
 
 @pytest.mark.parametrize("last_seq", [100, 2**50])
-async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: Stage, last_seq: int) -> None:
+async def test_a_profile_beyond_the_stream_is_refused_later_too(stage: Stage, last_seq: int) -> None:
     await publish(stage, reward(1))
     await stage.phase("adapt")
     await learned(stage, 1)
@@ -337,7 +342,7 @@ async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: S
     assert await rebuilt(stage, 3) == await refolded(stage)
 
 
-async def test_what_sense_is_off_by_starts_at_nothing_where_it_claims_more_than_the_stream_holds(stage: Stage) -> None:
+async def test_a_calibration_that_claims_more_than_the_stream_holds_starts_empty(stage: Stage) -> None:
     bucket = stage.bus.bucket("tuning", Calibration)
     await bucket.update(f"{BIAS}code", Calibration(domain_token="code", bias=0.9, count=99, last_seq=2**50), 0)
     await stage.phase("adapt")

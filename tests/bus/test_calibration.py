@@ -4,12 +4,14 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import new_id
-from loom.schemas.learning import BIAS, Calibration, Lease, Reward
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 
 async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> None:
-    """Tasks SENSE took for this hard, all of which took no effort at all."""
+    """Tasks with this estimated complexity, all of which took no effort at all."""
     for estimated in estimates:
         task = new_id()
         await RewardBus(bus=stage.bus).publish(
@@ -27,24 +29,24 @@ async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> N
 
 
 async def known(stage: Stage, count: int) -> Calibration:
-    async def there() -> Calibration | None:
+    async def stored() -> Calibration | None:
         entry = await stage.bus.bucket("tuning", Calibration).get(f"{BIAS}code")
         return entry.value if entry and entry.value.count >= count else None
 
-    found = await until(there, within_s=20, what=f"{count} tasks are calibrated by")
+    found = await until(stored, within_s=20, what=f"{count} tasks are calibrated by")
     assert found is not None
     return found
 
 
 async def sensed(stage: Stage, **facts: float) -> tuple[float, str]:
-    """Return how hard SENSE takes a task of one word to be, and what it notes."""
+    """Return SENSE's estimate of the complexity of a task of one word, and its note."""
     ad = TaskAd(task_id=new_id(), domain="code", description="word " * 40, **facts)  # type: ignore[arg-type]
     await Asker(stage.bus).ask(stage.bus.subjects.submit, ad)
     envelope = await stage.seen("task", phase="match", task_id=ad.task_id, within_s=20)
     return envelope.spec.complexity, envelope.spec.note
 
 
-async def test_sense_is_corrected_by_what_tasks_turned_out_to_be(stage: Stage) -> None:
+async def test_estimates_of_sense_are_corrected_by_the_measured_complexity_of_tasks(stage: Stage) -> None:
     await stage.bus.bucket("tuning", Lease).create("apoptosis", Lease(holder="x", until=0))  # another's affair
     await stage.phase("adapt")
     await stage.phase("sense")
@@ -59,7 +61,7 @@ async def test_sense_is_corrected_by_what_tasks_turned_out_to_be(stage: Stage) -
     async def corrected() -> bool:
         return await sensed(stage) == (round(0.2 + bias, 4), "complexity 0.20 by itself, -0.13 by 3 tasks before")
 
-    await until(corrected, within_s=20, what="SENSE has heard of it")
+    await until(corrected, within_s=20, what="SENSE has the correction")
     assert await sensed(stage, estimated_complexity=0.2) == (0.2, "")
 
 

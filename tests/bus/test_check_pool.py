@@ -19,6 +19,7 @@ from loom.bus.bus import Bus
 from loom.phases.shared import check_pool
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.check_process import HelperDied, HelperProcess
+from loom.phases.shared.timings import CheckTimings
 from loom.schemas.base import encode
 from loom.schemas.task import Accept
 
@@ -37,7 +38,7 @@ def pid_of(lane: check_pool._Lane) -> int:
 
 
 def runs(pid: int) -> bool:
-    """Whether the process exists, and is no zombie."""
+    """Whether the process exists, and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -60,7 +61,7 @@ async def test_a_check_that_needs_no_helper_starts_none(pool: CheckPool) -> None
     assert pool._quick._helper is pool._slow._helper is None
 
 
-async def test_what_is_known_to_be_usable_is_not_asked_again(pool: CheckPool) -> None:
+async def test_a_schema_known_to_be_usable_is_not_checked_again(pool: CheckPool) -> None:
     assert await pool.unsatisfiable(DIGITS) is None
     os.kill(pid_of(pool._quick), signal.SIGKILL)
     assert await pool.unsatisfiable(DIGITS) is None
@@ -119,8 +120,8 @@ async def test_too_many_costly_checks_are_put_off(pool: CheckPool) -> None:
     assert await asyncio.gather(*waiting) == [None] * check_pool.MAX_SLOW
 
 
-async def test_a_check_waits_a_bounded_time_for_its_turn(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_pool, "WAIT_S", 0.05)
+async def test_a_check_waits_a_bounded_time_for_its_turn(plain: Bus) -> None:
+    pool = CheckPool(plain, CheckTimings(wait_s=0.05))
     async with pool._quick._lock:
         with pytest.raises(NotChecked, match="accept waited"):
             await pool.violation("1", DIGITS)
@@ -163,13 +164,12 @@ async def test_a_cancelled_check_leaves_no_answer_for_the_next_one(pool: CheckPo
     assert "does not match" in refused.error.message
 
 
-async def test_a_stuck_helper_is_replaced(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stuck_helper_is_replaced(plain: Bus) -> None:
+    pool = CheckPool(plain, CheckTimings(stuck_s=1.0))
     assert await pool.violation("1", DIGITS) is None
-    monkeypatch.setattr(check_pool, "STUCK_S", 0.1)
     os.kill(pid_of(pool._quick), signal.SIGSTOP)
     with pytest.raises(NotChecked, match="stuck"):
         await pool.violation("1", DIGITS)
-    monkeypatch.undo()
     assert await pool.violation("1", DIGITS) is None
 
 
@@ -188,7 +188,7 @@ async def test_helpers_that_cannot_be_started_are_named_and_tried_again(
     assert await pool.violation("1", DIGITS) is None
 
 
-async def test_a_program_that_is_no_helper_is_named(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_program_that_is_not_a_helper_is_named(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NotChecked, match="no helper process can be started"):
         await pool.unsatisfiable(DIGITS)

@@ -76,7 +76,7 @@ async def test_a_port_that_accepts_and_stays_silent_is_named(monkeypatch: pytest
         (b"-ERR 'maximum connections exceeded'\r\n", "refuses the connection (maximum connections exceeded)"),
     ],
 )
-async def test_what_the_server_refuses_is_named(error: bytes, cause: str) -> None:
+async def test_a_refusal_of_the_server_is_named(error: bytes, cause: str) -> None:
     async with fake_server(info(auth_required=True), answer=error, hang_up=True) as fake:
         text = await refused(f"nats://u:secret@{fake.address}")
     assert cause in text
@@ -85,7 +85,7 @@ async def test_what_the_server_refuses_is_named(error: bytes, cause: str) -> Non
 
 
 @pytest.mark.slow
-async def test_of_several_servers_each_has_its_own_cause_and_all_are_tried() -> None:
+async def test_all_servers_are_tried_and_each_has_its_own_cause() -> None:
     async with (
         fake_server(info(auth_required=True), answer=b"-ERR 'Authorization Violation'\r\n", hang_up=True) as one,
         fake_server(b"SSH-2.0\r\n", hang_up=True) as other,
@@ -182,7 +182,7 @@ async def test_an_address_that_cannot_be_one_ends_every_command_at_once(
     assert "et@" not in ended.err
 
 
-async def test_a_service_that_waits_logs_the_cause_and_starts_once_there_is_a_server(
+async def test_a_waiting_service_logs_the_cause_and_starts_once_a_server_runs(
     server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connecting_module, "REPORT_S", 0.1)
@@ -229,7 +229,7 @@ async def test_an_unknown_host_name_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "."])
-async def test_what_no_name_server_would_know_is_an_unknown_host_name(host: str) -> None:
+async def test_a_name_that_no_name_server_can_know_is_an_unknown_host_name(host: str) -> None:
     assert "host name" in await refused(f"nats://{host}:1")
 
 

@@ -1,4 +1,4 @@
-"""Typed key-value buckets: compare-and-set, and following what changes."""
+"""Typed key-value buckets: compare-and-set, and readers of changes."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 
 
@@ -49,7 +49,7 @@ async def test_a_key_is_created_once(bucket: Bucket[NodeProfile]) -> None:
 
 async def test_an_update_needs_the_last_revision(bucket: Bucket[NodeProfile]) -> None:
     first = await bucket.create("n1", profile(tasks=1))
-    await bucket.create("n2", profile("n2"))  # another key's revision is no matter
+    await bucket.create("n2", profile("n2"))  # another key's revision does not matter
     second = await bucket.update("n1", profile(tasks=2), first)
     assert second > first
     with pytest.raises(Conflict):
@@ -68,12 +68,12 @@ async def test_eight_writers_that_count_lose_no_step(connect: Connect, bucket: B
     await bucket.create("n1", profile())
 
     async def count(steps: int) -> None:
-        mine = (await connect()).bucket("nodes", NodeProfile)
+        own = (await connect()).bucket("nodes", NodeProfile)
         while steps:
-            entry = await mine.get("n1")
+            entry = await own.get("n1")
             assert entry is not None
             try:
-                await mine.update("n1", profile(tasks=entry.value.total_tasks + 1), entry.revision)
+                await own.update("n1", profile(tasks=entry.value.total_tasks + 1), entry.revision)
             except Conflict:
                 await asyncio.sleep(random.uniform(0, 0.005))
             else:
@@ -103,7 +103,7 @@ async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict
 async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     bus: Bus, connect: Connect, bucket: Bucket[NodeProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer cannot know any more whether its own write counted: it must read again."""
+    """The writer cannot know whether its own write was stored: it must read again."""
     first = await bucket.create("n1", profile())
     other = (await connect()).bucket("nodes", NodeProfile)
     real, lost = bus.requests.open_inbox, asyncio.Event()
@@ -117,14 +117,14 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     monkeypatch.setattr(bus.requests, "open_inbox", deaf_once)
     writing = asyncio.ensure_future(bucket.update("n1", profile(tasks=1), first))
     await asyncio.wait_for(lost.wait(), 5)
-    mine = await other.get("n1")
-    assert mine is not None
-    await other.update("n1", profile(tasks=2), mine.revision)
+    current = await other.get("n1")
+    assert current is not None
+    await other.update("n1", profile(tasks=2), current.revision)
     with pytest.raises(Conflict):
         await writing
 
 
-async def test_a_bucket_that_is_not_there_is_refused(plain: Bus) -> None:
+async def test_a_missing_bucket_is_refused(plain: Bus) -> None:
     with pytest.raises(Refused):
         await plain.bucket("nodes", NodeProfile).get("n1")
 
@@ -148,7 +148,7 @@ async def test_the_layout_is_the_one_every_nats_client_reads(
     assert await bucket.get("n2") == Entry("n2", profile("n2"), theirs)
 
 
-async def test_a_key_an_operator_deleted_is_absent_and_may_be_created_again(
+async def test_a_key_deleted_by_an_operator_is_absent_and_may_be_created_again(
     nats_url: str, bus: Bus, bucket: Bucket[NodeProfile]
 ) -> None:
     first = await bucket.create("n1", profile(tasks=1))
@@ -166,7 +166,7 @@ async def test_a_key_an_operator_deleted_is_absent_and_may_be_created_again(
 
 
 class Follower:
-    """Collects what a reader gives."""
+    """Collects the entries of a reader."""
 
     def __init__(self, reader: BucketReader[NodeProfile]) -> None:
         self.reader = reader
@@ -214,7 +214,7 @@ async def test_a_reader_gives_all_values_and_then_every_change(
     assert follower.entries[-1] == await bucket.get("n9")
 
 
-async def test_a_reader_of_an_empty_bucket_says_so_at_once(bucket: Bucket[NodeProfile]) -> None:
+async def test_a_reader_of_an_empty_bucket_is_caught_up_at_once(bucket: Bucket[NodeProfile]) -> None:
     reader = bucket.reader()
     assert not reader.caught_up
     assert await asyncio.wait_for(reader.batch(), 5) == []
@@ -279,9 +279,9 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     await records(bus).create("t1", _record())
 
     async def claim() -> None:
-        mine = records(await connect())
+        own = records(await connect())
         for _ in range(5):
-            await mine.update_with("t1", _claimed)
+            await own.update_with("t1", _claimed)
 
     await asyncio.gather(*(claim() for _ in range(3)))
     entry = await records(bus).get("t1")
@@ -289,7 +289,7 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     assert entry.value.claim.attempt == 15
 
 
-async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) -> None:
+async def test_a_record_without_a_change_is_not_written(bus: Bus) -> None:
     assert await records(bus).update_with("t1", _claimed) is None
     revision = await records(bus).create("t1", _record())
     assert await records(bus).update_with("t1", lambda _: None) == Entry("t1", _record(), revision)
@@ -297,7 +297,7 @@ async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) 
     assert entry == await records(bus).get("t1")
 
 
-async def test_a_record_that_will_not_hold_still_is_unavailable(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_record_that_changes_at_every_attempt_is_unavailable(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = records(bus)
     await bucket.create("t1", _record())
 

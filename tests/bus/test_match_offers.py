@@ -1,4 +1,4 @@
-"""Whose an offer is, which call it answers, and what becomes of those that answer none."""
+"""The owner of an offer, the call it answers, and offers that answer no call."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.logs.discard_reports import DiscardReport
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
@@ -49,7 +51,7 @@ def left_out(replica: Replica, host: str) -> DiscardReport:
 # -- owners
 
 
-async def test_an_award_names_the_owner_of_the_subject_and_evidence_of_another_owner_is_not_excluded(
+async def test_an_award_names_the_owner_of_the_subject_and_excludes_no_other_owners_evidence(
     stage: Stage,
 ) -> None:
     one = await host(stage, "h1", owner="acme", offer=lambda _: one.bids(Bid(node_id="n1", self_rating=0.9)))
@@ -60,16 +62,16 @@ async def test_an_award_names_the_owner_of_the_subject_and_evidence_of_another_o
 
 
 async def test_hosts_of_two_owners_under_one_id_make_an_offer_each(stage: Stage) -> None:
-    mine = await host(stage, "h1", "n1", offer=lambda _: mine.bids(Bid(node_id="n1", self_rating=0.1)))
+    local = await host(stage, "h1", "n1", offer=lambda _: local.bids(Bid(node_id="n1", self_rating=0.1)))
     other = await host(stage, "h1", "n1", owner="acme", offer=lambda _: other.bids(Bid(node_id="n1", self_rating=1)))
-    await match(stage, mine, other, config=ClusterConfig(bid_window_ms=3000))
+    await match(stage, local, other, config=ClusterConfig(bid_window_ms=3000))
     award = await awarded(stage)
     assert [(bid.owner, bid.node_id) for bid in award.bids] == [("acme", "n1"), ("local", "n1")]
 
 
 async def test_a_pin_without_an_owner_is_to_a_local_node(stage: Stage) -> None:
-    mine, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
-    await match(stage, mine, other)
+    local, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
+    await match(stage, local, other)
     assert (await awarded(stage, node_id="n1")).host_id == "h1"
 
 
@@ -96,7 +98,7 @@ async def test_an_offer_to_another_replica_does_not_arrive(stage: Stage) -> None
     assert not left_out(second, "h9").counts
 
 
-async def test_an_offer_that_comes_after_the_window_is_counted_and_one_that_was_not_waited_for_is_not(
+async def test_an_offer_after_the_window_is_counted_unless_its_host_was_not_awaited(
     stage: Stage,
 ) -> None:
     prompt = await host(stage, "h1")
@@ -133,10 +135,9 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
 
 
 @pytest.fixture
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 30.0)
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 30.0)
+def hurry(stage: Stage) -> None:
+    timings = MatchTimings(min_pause_s=0.01, max_pause_s=0.05, no_offers_pause_s=30.0, max_hold_s=30.0)
+    stage.timings = ServiceTimings(match=timings)
 
 
 @pytest.mark.usefixtures("hurry")
@@ -169,7 +170,7 @@ async def test_announced_nodes_that_do_not_qualify_do_not_keep_a_task_waiting(
 
 @pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize("pinned", [None, "n2"])
-async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_announced(
+async def test_a_task_without_bidders_is_auctioned_again_when_unknown_nodes_are_announced(
     stage: Stage, pinned: str | None
 ) -> None:
     unable = await host(stage, offer=lambda _: unable.declines("unqualified"))

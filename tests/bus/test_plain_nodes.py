@@ -12,14 +12,16 @@ from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.plain_bids import REWARD_DELAY_S, PlainNodes
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=5000)
-"""A window that would be noticed."""
+"""A window so long that waiting for it would fail the test."""
 BODY = b'{"nodes": [{"node_id": "sh", "plain": true, "domains": [{"domain": "Code", "self_rating": 0.8}]}]}'
 
 
@@ -105,10 +107,10 @@ async def test_a_pinned_task_goes_to_a_plain_node_with_its_longest_run(stage: St
     assert (won.pinned, won.plain, won.max_run_s) == (True, True, 5.0)
 
 
-async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_come_back(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+async def test_a_plain_node_fills_its_slots_until_its_tasks_are_judged_or_returned(
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
+    stage.timings = ServiceTimings(match=MatchTimings(min_pause_s=0.01, max_pause_s=0.05))
     replica = await stage.phase("match", LONG)
     await FakeHost(stage.bus, "p1", nodes=(plain(slots=2),)).announce()
     await replica.bus.requests.flush()

@@ -1,4 +1,4 @@
-"""A plan answers for the newest attempt that asks SCALE, wherever SCALE dies: a copy by another way loses no task."""
+"""A plan answers for the newest attempt that reaches SCALE, wherever SCALE dies: a second copy loses no task."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
@@ -69,7 +69,7 @@ async def stored(stage: Stage) -> SplitPlan:
 
 
 def copy_of(plan: SplitPlan, attempt: int) -> Envelope:
-    """The task as it comes to SCALE by another way, for an attempt of its own."""
+    """A second copy of the task to SCALE, with an attempt of its own."""
     award = Award(node_id="n9", host_id="h9", score=0.4)
     facts: dict[str, Any] = {"failures": 1, "excluded": ("n1",), "budget": 900}
     return replace(plan.envelope, attempt=attempt, award=award, **facts)
@@ -112,7 +112,7 @@ POINTS = {
 
 
 def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a replica die at a point, with all that it has sent before at the server."""
+    """Make a replica die at a point, once the server has all its earlier messages."""
     original: Callable[..., Awaitable[Any]] = getattr(point.owner, point.method)
 
     async def fatal(self: Any, *args: Any, **options: Any) -> Any:
@@ -129,7 +129,7 @@ def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def ask(stage: Stage, copy: Envelope, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand a copy to a SCALE that dies at that point, and to another one after it, until nothing is left to do."""
+    """Send a copy to a SCALE that dies at that point, then to another, until no message is left."""
     await stage.hurry(SCALE_LANE, 0.5)
     replica = await stage.phase("scale")
     mortal(replica, POINTS[where], monkeypatch)
@@ -198,8 +198,8 @@ async def test_a_joining_plan_gives_its_outputs_to_the_attempt_that_asks(
     assert joined.inputs == {"a": "out a", "b": "out b"}
     assert joined.budget == (expected.budget or 0) - 20
     assert await carried(stage) == {attempt}
-    said = [one.headers["Nats-Msg-Id"] for one in stage.heard if one.parsed.tokens.get("phase") == "execute"]
-    assert {one.partition("-")[0] for one in said} == {"p:task"}, "named after the message that asked"
+    published = [one.headers["Nats-Msg-Id"] for one in stage.recorded if one.parsed.tokens.get("phase") == "execute"]
+    assert {one.partition("-")[0] for one in published} == {"p:task"}, "named after the message that asked"
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ async def test_an_older_attempt_changes_nothing_and_the_newer_one_goes_on(
 
 
 async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> None:
-    """A notice ended the plan, and the task's record says that it runs: nothing else would carry it on."""
+    """A notice ended the plan, but the task's record is still running: no other message would end it."""
     plan = await divided(stage, "running")
     await stage.phase("scale")
     await stage.notify(ParentEnded(task_id="p"))
@@ -264,7 +264,7 @@ async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(st
     assert (await stage.seen("task", phase="execute", count=2)).attempt == PARKED + 1
 
 
-def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
+def test_the_tokens_of_the_plan_are_charged_to_a_newer_attempt_once() -> None:
     usage = PhaseUsage(requests=1, prompt_tokens=40)
     env = envelope(ad(task_id="p"), now=0.0, budget=1000)
     plan = subtask_graph.start_plan(

@@ -7,13 +7,14 @@ from contextlib import AsyncExitStack
 import pytest
 from msgspec.structs import replace
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import AgentFailed
 from loom.schemas.plan import SplitPlan, Subtask
@@ -63,7 +64,7 @@ async def divided(nats_url: str, namespace: str) -> AsyncIterator[DividedTask]:
 
 
 @pytest.mark.parametrize("until_running", [True, False], ids=["while subtasks run", "while they join"])
-async def test_a_copy_that_fails_undivided_leads_to_one_end_with_all_outputs(
+async def test_an_undivided_copy_that_fails_leads_to_one_end_with_all_outputs(
     divided: DividedTask, *, until_running: bool
 ) -> None:
     handle = await task_client.publish(divided.bus, divided.ad, deltas=False)

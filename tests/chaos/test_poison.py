@@ -1,4 +1,4 @@
-"""Messages that cannot be handled or kill their process: each becomes a dead letter, and other tasks go on."""
+"""Messages that cannot be handled or kill their process: each becomes a dead letter, and other tasks continue."""
 
 import asyncio
 import re
@@ -16,6 +16,7 @@ from support.loop_harness import messages, settled
 from support.nodes import echo, node
 from support.poison_process import MARK
 from support.raw_client import publish_raw, with_headers
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
@@ -25,7 +26,7 @@ from loom.bus.dead_letters.admin import Letter
 from loom.bus.hops.delivery import DEAD_AFTER
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.envelope import PHASES, Envelope, Hop, Phase
@@ -70,7 +71,7 @@ KINDS = {
     "an infinite number": Kind(instead(b"55.5", b"1e999"), "out of range"),
     "a number out of range": Kind(instead(b"55.5", b"-1"), r"> 0.0 - at `\$\.ad\.timeout_s"),
     "a field too few": Kind(lambda _: b"{}", "missing required field `ad`"),
-    "an id that is no token": Kind(instead(b'"task_id":"', b'"task_id":"a b'), r"at `\$\.ad\.task_id"),
+    "an id that is not a token": Kind(instead(b'"task_id":"', b'"task_id":"a b'), r"at `\$\.ad\.task_id"),
     "a phase that is none": Kind(instead(b'"phase":"sense"', b'"phase":"brew"'), r"\$\.hops", LANES[1:]),
     "too large": Kind(lambda raw: raw.ljust(MAX_MESSAGE_BYTES + 1), f"at most {MAX_MESSAGE_BYTES} are read"),
     "another task's": Kind(instead(b'"task_id":"', b'"task_id":"x'), "names another task than the ad", LANES[:1]),

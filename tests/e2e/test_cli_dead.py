@@ -1,4 +1,4 @@
-"""`loom dead`: what an operator sees of messages that could not be handled, and what may be done with them."""
+"""`loom dead`: the list, display, retry and removal of messages that could not be handled."""
 
 import base64
 import json
@@ -78,9 +78,9 @@ def test_letters_are_listed_newest_last(here: Cluster, loom: Loom) -> None:
         ("3", "scale", "t3", "1", rows[3][5]),
         ("4", "execute", "t4", "1", rows[4][5]),
     ]
-    told = [json.loads(line) for line in loom("dead ls --json --limit 2").out.splitlines()]
-    assert [(one["seq"], one["phase"], one["deliveries"]) for one in told] == [(3, "scale", 1), (4, "execute", 1)]
-    assert "raw" not in told[0]
+    printed = [json.loads(line) for line in loom("dead ls --json --limit 2").out.splitlines()]
+    assert [(one["seq"], one["phase"], one["deliveries"]) for one in printed] == [(3, "scale", 1), (4, "execute", 1)]
+    assert "raw" not in printed[0]
 
 
 def test_a_letter_of_json_is_shown_with_its_trail_and_its_fields(here: Cluster, loom: Loom) -> None:
@@ -98,7 +98,7 @@ def test_a_letter_of_json_is_shown_with_its_trail_and_its_fields(here: Cluster, 
     assert (whole["trail"], whole["task_id"]) == ("sense match", "t3")
 
 
-def test_what_is_no_json_is_shown_escaped_and_what_is_large_is_cut(here: Cluster, loom: Loom) -> None:
+def test_letters_that_are_not_json_are_escaped_and_large_ones_are_cut(here: Cluster, loom: Loom) -> None:
     out = loom("dead show 1").out
     assert out.endswith("\n\\xff\\x00\\x1b[31m数据\\u202e\\n{\n")
     assert re.search(r"^trail +sense$", out, re.MULTILINE)
@@ -124,11 +124,11 @@ def test_every_view_fits_its_width_and_steers_no_terminal(
 def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(here: Cluster, loom: Loom) -> None:
     letter = here.do(_one_more(here))  # the other tests look at the first four
     ended = loom(f"dead retry {letter.seq}")
-    said = re.fullmatch(rf"letter {letter.seq} submitted again as task ([0-9a-f]{{32}})\n", ended.out)
-    assert said, ended
+    submitted = re.fullmatch(rf"letter {letter.seq} submitted again as task ([0-9a-f]{{32}})\n", ended.out)
+    assert submitted, ended
 
     async def done() -> TaskRecord:
-        return await until(lambda: _ended(here, said[1]), within_s=20, what="the new task has ended")
+        return await until(lambda: _ended(here, submitted[1]), within_s=20, what="the new task has ended")
 
     record = here.do(done())
     assert (record.state, record.envelope.ad.context) == ("succeeded", {"n": 1})
@@ -152,7 +152,7 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("dead retry 1", 1, "dead_letter: letter 1 holds no task that can be read"),
         ("dead retry 2", 1, "dead_letter: letter 2 holds no task that can be read (its bytes were cut)"),
@@ -170,8 +170,10 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
         ("dead bury 1", 2, "bad_usage: No such command 'bury'"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
-    is_refused(loom, line, code, said)
+def test_an_impossible_command_is_refused_in_one_line(
+    line: str, code: int, message: str, here: Cluster, loom: Loom
+) -> None:
+    is_refused(loom, line, code, message)
 
 
 @pytest.mark.slow
@@ -190,20 +192,22 @@ def test_doctor_counts_letters_until_they_are_dropped(
         assert loom("dead rm 1") == (0, "letter 1 removed\n", "")
         assert loom("dead ls").out == "no dead letters\n"
 
-    assert (finding.about, finding.says) == ("dead letters", "1 wait")
+    assert (finding.about, finding.message) == ("dead letters", "1 wait")
     assert "loom dead ls" in finding.todo
     assert "\x1b" not in shown.out + shown.err
 
 
-def test_without_phases_or_a_server_each_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+def test_each_command_reports_missing_phases_or_a_missing_server(
+    here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOM_NAMESPACE", "unused")
     for line in ("dead ls", "dead show 1", "dead retry 1", "dead rm 1"):
         ended = loom(line)
         assert (ended.code, ended.out) == (3, ""), line
-        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace unused"), line
 
 
-def test_dead_alone_says_what_there_is(loom: Loom) -> None:
+def test_dead_without_a_command_lists_its_commands(loom: Loom) -> None:
     ended = loom("dead")
     assert ended.code == 0
     assert all(word in ended.out for word in ("ls", "show", "retry", "rm"))

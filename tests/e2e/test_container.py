@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from support.compose import ROOT, WITHIN_S, docker, started, within
+from support.services import running_phases
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import find_server
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
@@ -111,9 +112,7 @@ def run_a_task(url: str) -> TaskResult:
     return asyncio.run(run())
 
 
-def test_both_compose_files_run_side_by_side_and_the_cluster_grows_without_one_of_its_servers(
-    images: None, tmp_path: Path
-) -> None:
+def test_both_compose_files_run_together_and_the_cluster_grows_without_one_server(images: None, tmp_path: Path) -> None:
     with started("compose.yaml", tmp_path) as single, started("compose.cluster.yaml", tmp_path) as cluster:
         for project in (single, cluster):
             assert run_a_task(project.url).success

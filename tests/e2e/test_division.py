@@ -1,4 +1,4 @@
-"""A divided task on two node processes, as a client of the bus sees it."""
+"""A divided task on two node processes, as observed by a client of the bus."""
 
 from pathlib import Path
 

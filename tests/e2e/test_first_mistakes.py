@@ -1,4 +1,4 @@
-"""The mistakes of a first hour with Python, each answered by one sentence on what to write instead."""
+"""The mistakes of a first hour with Python, each answered by one sentence with the fix."""
 
 import re
 from collections.abc import Callable
@@ -143,7 +143,7 @@ def test_a_mistake_in_building_is_answered_at_once(mistake: str) -> None:
     assert caught.value.__suppress_context__ or caught.value.__context__ is None, "one sentence, not two tracebacks"
 
 
-def test_what_is_clearly_meant_is_taken() -> None:
+def test_a_capability_given_as_a_dict_is_accepted() -> None:
     rt = Runtime()
     node = rt.add_agent(lambda text: text, name="worker", capabilities={"code": 0.9})
     assert node.capabilities.scores == {"code": 0.9}
@@ -232,7 +232,7 @@ async def test_an_answer_that_is_not_accepted_is_an_error_that_has_it() -> None:
     assert caught.value.partial == "add it up"
 
 
-def test_a_forgotten_await_is_pythons_own_warning_and_the_docstring_names_the_way_without() -> None:
+def test_a_forgotten_await_gives_pythons_warning_and_the_docstring_names_the_sync_way() -> None:
     with pytest.warns(RuntimeWarning, match="'Runtime.submit' was never awaited"):
         str(Runtime().submit("hello"))
     assert "submit_sync" in (Runtime.submit.__doc__ or "").splitlines()[0]
@@ -246,7 +246,7 @@ NODE_FILES = {
 
 
 @pytest.mark.parametrize("source", NODE_FILES)
-def test_a_file_without_nodes_is_answered_with_what_it_needs(source: str, tmp_path: Path) -> None:
+def test_a_file_without_nodes_is_refused_with_its_requirements(source: str, tmp_path: Path) -> None:
     file = tmp_path / "agents.py"
     file.write_text(source)
     with pytest.raises(InvalidFile, match=re.escape(NODE_FILES[source])):

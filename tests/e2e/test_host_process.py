@@ -1,4 +1,4 @@
-"""Processes that host user code: what it raises, holds up or blocks, and how they end."""
+"""Processes that host user code: its exceptions, its blocking calls, and the end of the process."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ import pytest
 from support.command import LOOM, Command, command, loom
 from support.nodes import Counting, node
 from support.openai_server import OpenAIServer, Reply
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
@@ -21,7 +22,7 @@ from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 30
@@ -106,7 +107,7 @@ async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIt
     (folder / "agents.py").write_text(AGENTS)
     own = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, **env}
     async with command(folder, *LOOM, "host", "run", str(folder / "agents.py"), **own) as host:
-        yield await host.says("on nats://")
+        yield await host.wait_for_output("on nats://")
 
 
 async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
@@ -187,7 +188,7 @@ async def test_a_second_signal_ends_a_host_at_once(nats_url: str, namespace: str
 
 
 @pytest.mark.slow
-async def test_what_user_code_raises_in_tasks_and_callbacks_of_its_own_does_not_end_the_host(
+async def test_exceptions_in_user_tasks_and_callbacks_do_not_end_the_host(
     nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
     async with (
@@ -219,17 +220,17 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
     server = NatsServer()
     server.start()
     try:
-        heard: list[Msg] = []
+        messages: list[Msg] = []
         with OpenAIServer(refuse) as model:
             async with (
                 running_phases(server.url, namespace=namespace),
                 Bus(server.url, namespace=namespace) as bus,
                 hosting(tmp_path, server.url, namespace, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=model.base_url) as host,
             ):
-                await bus.connection.subscribe_sync(">", heard.append)
+                await bus.connection.subscribe_sync(">", messages.append)
                 ad = TaskAd(node_id="tells_a_secret", domain="x", description="x", timeout_s=20)
                 result = await (await task_client.publish(bus, ad, deltas=True)).result(WITHIN_S)
-                said = await loom(tmp_path, "task", "ls", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
+                listed = await loom(tmp_path, "task", "ls", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
                 one = await loom(
                     tmp_path, "task", "show", result.task_id, "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace
                 )
@@ -239,8 +240,11 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
         server.stop()
     assert result.error is not None
     assert result.error.message == "the agent raised RuntimeError"
-    assert any(b"the agent raised RuntimeError" in msg.data for msg in heard)
-    everything = [*(msg.data for msg in heard), *(text.encode() for text in (said.out, said.err, one.out, ended.err))]
+    assert any(b"the agent raised RuntimeError" in msg.data for msg in messages)
+    everything = [
+        *(msg.data for msg in messages),
+        *(text.encode() for text in (listed.out, listed.err, one.out, ended.err)),
+    ]
     assert not [body for body in everything if b"canary" in body]
     assert "RuntimeError: GET https://x/?key=*** failed, Bearer ***" in ended.err
 
@@ -279,7 +283,7 @@ async def test_a_second_interrupt_ends_a_run_of_tasks_whatever_its_agents_do(tmp
     os.chdir(tmp_path)
     try:
         async with command(tmp_path, *LOOM, *words) as run:
-            await run.says("b  execute")
+            await run.wait_for_output("b  execute")
             await outlives(run, signal.SIGINT)
             begun = time.monotonic()
             ended = await run.end(signal.SIGINT)
@@ -319,7 +323,7 @@ print("the program goes on")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leave", ["pass", pytest.param("rt.dispose()", marks=pytest.mark.slow)])
-async def test_a_program_goes_on_after_a_runtime_whose_agent_ignores_its_cancel(tmp_path: Path, leave: str) -> None:
+async def test_a_program_continues_after_a_runtime_whose_agent_ignores_its_cancel(tmp_path: Path, leave: str) -> None:
     (tmp_path / "program.py").write_text(PROGRAM.replace("{leave}", leave))
     async with command(tmp_path, sys.executable, str(tmp_path / "program.py")) as program:
         ended = await program.end()

@@ -135,7 +135,7 @@ async def test_an_answer_is_held_to_a_schema(provider: OpenAIProvider) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_tools_called_in_one_round_run_side_by_side(provider: OpenAIProvider, stream: bool) -> None:
+async def test_tools_called_in_one_round_run_concurrently(provider: OpenAIProvider, stream: bool) -> None:
     both = asyncio.Barrier(2)
 
     @tool
@@ -166,7 +166,9 @@ async def test_tools_called_in_one_round_run_side_by_side(provider: OpenAIProvid
     assert not done.usage.estimated
 
 
-async def test_a_call_cut_by_the_token_limit_fails_alone_and_the_conversation_goes_on(provider: OpenAIProvider) -> None:
+async def test_a_call_cut_by_the_token_limit_fails_alone_and_the_conversation_continues(
+    provider: OpenAIProvider,
+) -> None:
     noted = []
 
     @tool
@@ -184,7 +186,7 @@ async def test_a_call_cut_by_the_token_limit_fails_alone_and_the_conversation_go
     assert events[-1].content == "The tools have answered."
 
 
-async def test_a_model_that_must_call_a_tool_calls_one_as_its_schema_says(server: LlamaServer) -> None:
+async def test_a_model_with_tool_choice_required_calls_a_tool_as_its_schema_demands(server: LlamaServer) -> None:
     provider = provider_for(server, tool_choice="required", extra={"top_k": 0, "seed": 7})
     wanted = asking("[choose]", tools=(ToolDefinition(name="choose", parameters=SCHEMA),))
     answer = await provider.complete(wanted)
@@ -250,7 +252,7 @@ async def test_a_question_longer_than_the_context_fails_with_the_servers_reason(
         await agent.run(job("[hello]" + "x" * 5000))
 
 
-async def test_a_server_that_dies_in_the_middle_of_an_answer_is_a_failure_with_what_it_wrote(
+async def test_a_server_that_dies_during_an_answer_is_a_failure_with_the_partial_text(
     server: LlamaServer, provider: OpenAIProvider
 ) -> None:
     agent = Agent(provider, AgentConfig(max_tokens=100_000))

@@ -1,4 +1,4 @@
-"""The edges of a `loom` process: closed streams, process 1 of a container, an end that waits for nothing."""
+"""The edges of a `loom` process: closed streams, process 1 of a container, an exit that waits for nothing."""
 
 import asyncio
 import os
@@ -105,7 +105,7 @@ async def test_process_1_drains_and_ends_with_the_code_of_the_command(
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
     await create_streams(nats_url, namespace)
     async with command(tmp_path, *CONTAINER, *LOOM, "phase", "run", "match", **where) as container:
-        await container.says("match on nats")
+        await container.wait_for_output("match on nats")
         os.kill(first_process(container), signal.SIGTERM)
         async with asyncio.timeout(PROMPT_S):
             assert await container.process.wait() == 0
@@ -138,8 +138,8 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
         command(tmp_path, *CONTAINER, *LOOM, "host", "run", str(tmp_path / "orphans.py"), **where) as container,
         Bus(nats_url, namespace=namespace) as bus,
     ):
-        await up.says("loom is up on")
-        await container.says("o on nats")
+        await up.wait_for_output("loom is up on")
+        await container.wait_for_output("o on nats")
         handle = await publish(bus, TaskAd(description="x", domain="t"), deltas=False)
         assert await handle.content(20) == "5"  # a child of the agent's own is its own to wait for
         await until(lambda: not left(container.process.pid), within_s=5, what="all orphans are gone")
@@ -150,15 +150,13 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "auto"])
-async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends_at_once(
-    loop: str, tmp_path: Path
-) -> None:
+async def test_a_process_with_a_slow_lookup_of_its_servers_name_ends_at_once(loop: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
     )
     where = {"NATS_URL": "nats://slow.example", "PYTHONPATH": str(tmp_path), "LOOM_EVENT_LOOP": loop}
     async with command(tmp_path, *LOOM, "phase", "run", "sense", **where) as phase:
-        await phase.says("connecting")
+        await phase.wait_for_output("connecting")
         began = time.monotonic()
         assert (await phase.end(signal.SIGTERM)).code == 0
     assert time.monotonic() - began < PROMPT_S
@@ -179,7 +177,7 @@ async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
     )
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
     async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "busy.py"), **where) as node:
-        await node.says("busy on nats")
+        await node.wait_for_output("busy on nats")
         began = time.monotonic()
         assert (await node.end(signal.SIGTERM)).code == 0
     assert time.monotonic() - began < PROMPT_S
@@ -226,5 +224,5 @@ def test_a_misspelt_setting_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -
     with capture_logs() as logs:
         warn_of_misspelt_settings()
         warn_of_misspelt_settings()
-    told = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
-    assert [(entry["event"], entry["hint"]) for entry in told] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]
+    warnings = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
+    assert [(entry["event"], entry["hint"]) for entry in warnings] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]

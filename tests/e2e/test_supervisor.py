@@ -1,4 +1,4 @@
-"""`loom up --processes`: what dies comes back, what stops leaves nothing."""
+"""`loom up --processes`: dead processes are restarted, and a stop leaves no process behind."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ BACK_S = 5.0
 
 
 @given(st.lists(st.floats(min_value=0, max_value=2 * STEADY_S), min_size=1))
-def test_the_pause_grows_to_its_limit_and_starts_anew_after_a_steady_life(lives: list[float]) -> None:
+def test_the_pause_grows_to_its_limit_and_resets_after_a_steady_life(lives: list[float]) -> None:
     backoff = Backoff()
     before = 0.0
     for lived_s in lives:
@@ -60,32 +60,32 @@ async def supervised(
     *programs: tuple[str, str], stop_s: float = 10
 ) -> AsyncIterator[tuple[Supervisor, list[tuple[str, str]]]]:
     """Shell scripts by name, and the lines they have printed."""
-    said: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     supervisor = Supervisor(
         [Program(name, ("/bin/sh", "-c", script)) for name, script in programs],
         environment=dict(os.environ),
         stop_s=stop_s,
-        write_line=lambda name, line: said.append((name, line)),
+        write_line=lambda name, line: lines.append((name, line)),
     )
     async with supervisor:
-        yield supervisor, said
+        yield supervisor, lines
 
 
-async def test_lines_keep_the_name_of_who_printed_them() -> None:
+async def test_lines_keep_the_name_of_their_process() -> None:
     async with supervised(("one", "echo a; printf 'b\\nhalf' >&2; exec sleep 60"), ("two", "echo c; exit 3")) as (
         _,
-        said,
+        lines,
     ):
-        await until(lambda: said.count(("two", "c")) >= 3, what="it is started again and again")
-        assert [line for name, line in said if name == "one"] == ["a", "b"]
+        await until(lambda: lines.count(("two", "c")) >= 3, what="it is started again and again")
+        assert [line for name, line in lines if name == "one"] == ["a", "b"]
 
-    assert ("one", "half") in said  # its last word, without an end of line
+    assert ("one", "half") in lines  # its last word, without an end of line
 
 
-async def test_who_will_not_end_is_killed() -> None:
-    async with supervised(("deaf", "trap '' TERM; echo $$; while :; do sleep 0.05; done"), stop_s=0.2) as (_, said):
-        await until(lambda: said, what="it runs")
-        pid = int(said[0][1])
+async def test_a_process_that_ignores_sigterm_is_killed() -> None:
+    async with supervised(("deaf", "trap '' TERM; echo $$; while :; do sleep 0.05; done"), stop_s=0.2) as (_, lines):
+        await until(lambda: lines, what="it runs")
+        pid = int(lines[0][1])
 
     assert not alive(pid)
 
@@ -206,7 +206,7 @@ class Cluster:
         await until(reached, within_s=within_s, what=f"{task_id} is {state}")
 
     async def kill(self, pid: int) -> None:
-        """Kill a process; return when everybody is back, in time."""
+        """Kill a process; return when all processes run again, in time."""
         before = set(self.victims())
         with suppress(ProcessLookupError):  # the server and its guard go together
             os.kill(pid, signal.SIGKILL)
@@ -227,7 +227,7 @@ WHOLE = Counter(PHASES) + Counter(["execute"])
 async def cluster(folder: Path, store: str) -> AsyncIterator[Cluster]:
     words = ("up", "--processes", "--replicas", "execute=2", "--port", "0")
     async with command(folder, *LOOM, *words, LOOM_STORE=store) as up:
-        await up.says("loom is up on")
+        await up.wait_for_output("loom is up on")
         url = re.findall(r"nats://\S+:\d+", up.err)[0]
         async with Bus(url) as bus:
             running = Cluster(up, bus)
@@ -258,8 +258,8 @@ async def test_a_cluster_of_processes_heals_and_stops(tmp_path: Path) -> None:
         running.go_on.set()
         await running.reaches("t1", "succeeded")
 
-        said = running.up.err
-        events = [json.loads(line) for line in said.splitlines()]
+        stderr = running.up.err
+        events = [json.loads(line) for line in stderr.splitlines()]
         assert {"execute-2", "evaluate"} <= {
             line.get("process") for line in events if line["event"] == "phases_started"
         }

@@ -1,4 +1,4 @@
-"""The examples for scripts, web frameworks and notebooks, run as their first lines say."""
+"""The examples for scripts, web frameworks and notebooks, run by the commands in their first lines."""
 
 import asyncio
 import http.client

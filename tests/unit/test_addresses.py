@@ -1,4 +1,4 @@
-"""Addresses of servers: what is understood, and that no message repeats a part of a secret."""
+"""Addresses of servers: the accepted forms, and errors that repeat no part of a secret."""
 
 from urllib.parse import quote
 
@@ -37,7 +37,7 @@ LETTERS = st.characters(codec="utf-8", exclude_categories=["Cs"])
         ("nats://u:p@ss:w/rd@h:1", "nats://h:1", Login(user="u", password="p@ss:w/rd")),
     ],
 )
-def test_an_address_is_taken_apart(text: str, url: str, login: Login | None) -> None:
+def test_an_address_is_split_into_its_parts(text: str, url: str, login: Login | None) -> None:
     [address] = parse_addresses(text)
 
     assert (address.url, address.login) == (url, login)
@@ -78,7 +78,7 @@ def test_spaces_and_empty_parts_of_a_list_are_left_out_and_it_is_shown_as_writte
         ("nats://h:1/path", "has text after its port"),
     ],
 )
-def test_what_is_no_address_is_refused_with_the_reason(text: str, words: str) -> None:
+def test_an_invalid_address_is_refused_with_the_reason(text: str, words: str) -> None:
     with pytest.raises(BusUnavailable) as caught:
         parse_addresses(text)
 
@@ -100,8 +100,8 @@ def test_a_comma_in_a_secret_is_refused_with_the_way_to_write_it_and_no_part_of_
     with pytest.raises(BusUnavailable, match="write a comma as %2C") as caught:
         parse_addresses(text)
 
-    said = f"{caught.value!r} {vars(caught.value)} {Bus(text).connection.address}"
-    assert not any(part in said for part in ("s3cr", "et@x", "secret", "12", "34"))
+    rendered = f"{caught.value!r} {vars(caught.value)} {Bus(text).connection.address}"
+    assert not any(part in rendered for part in ("s3cr", "et@x", "secret", "12", "34"))
 
 
 @given(user=st.text(LETTERS, min_size=1, max_size=20), password=st.text(LETTERS, max_size=20))
@@ -113,7 +113,7 @@ def test_any_credentials_come_back_from_their_percent_encoding(user: str, passwo
 
 
 @given(st.text(LETTERS, max_size=60), st.sampled_from(["", "nats://", "tls://u:", "nats://a:1,", "nats://u:p@"]))
-def test_any_text_is_addresses_or_one_sentence(text: str, prefix: str) -> None:
+def test_any_text_gives_addresses_or_one_sentence(text: str, prefix: str) -> None:
     try:
         addresses = parse_addresses(prefix + text)
     except BusUnavailable:

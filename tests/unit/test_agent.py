@@ -25,15 +25,15 @@ async def test_an_answer_is_streamed_and_done_comes_last(
 
 
 async def test_run_returns_the_result_of_a_job_or_a_plain_description(make: MakeAgent) -> None:
-    assert (await make().run("Hello")).content == "You said: Hello"
+    assert (await make().run("Hello")).content == "You wrote: Hello"
     result = await make().run(JOB)
 
-    assert result.content == f"You said: {JOB.description}"
+    assert result.content == f"You wrote: {JOB.description}"
     assert result.tokens > 0
     assert result.steps == 1
 
 
-async def test_the_model_is_told_prompt_task_context_and_inputs(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_the_request_has_prompt_task_context_and_inputs(server: OpenAIServer, make: MakeAgent) -> None:
     job = RunRequest(task_id="t1", description="Sum up.", context={"lang": "de"}, inputs={"s1": "eins", "s2": "zwei"})
     await make(system_prompt="Be brief.").run(job)
     system, user = server.requests[0].messages
@@ -44,7 +44,7 @@ async def test_the_model_is_told_prompt_task_context_and_inputs(server: OpenAISe
         assert part in user["content"]
 
 
-async def test_jobs_at_the_same_time_never_see_each_other(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_concurrent_jobs_are_isolated(server: OpenAIServer, make: MakeAgent) -> None:
     def two_rounds(request: Request) -> Reply:
         if any(message["role"] == "tool" for message in request.messages):
             return Reply(text=request.messages[0]["content"])

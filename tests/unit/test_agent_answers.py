@@ -1,4 +1,4 @@
-"""An answer without text says why, and what surrounds an answer is no part of it."""
+"""An answer without text gives the reason, and text around an answer is removed."""
 
 import time
 from typing import Any
@@ -66,7 +66,7 @@ STOP = StreamChunk(finish_reason="stop")
         ([], "$"),
     ],
 )
-async def test_an_answer_without_text_says_why(answer: list[StreamChunk], why: str) -> None:
+async def test_an_answer_without_text_gives_the_reason(answer: list[StreamChunk], why: str) -> None:
     with pytest.raises(AgentFailed, match="^the model ended without an answer" + why):
         await events_of(Scripted(answer).agent())
 
@@ -75,12 +75,12 @@ async def test_an_answer_without_text_says_why(answer: list[StreamChunk], why: s
     ("answer", "why"),
     [([THOUGHT, CUT], "went into reasoning"), ([StreamChunk(refusal="No.", finish_reason="stop")], "it refused: No.")],
 )
-async def test_a_whole_answer_without_text_says_why(answer: list[StreamChunk], why: str) -> None:
+async def test_a_whole_answer_without_text_gives_the_reason(answer: list[StreamChunk], why: str) -> None:
     with pytest.raises(AgentFailed, match=why):
         await events_of(Scripted(answer).agent(stream=False))
 
 
-async def test_reasoning_that_took_what_the_budget_left_names_the_budget() -> None:
+async def test_reasoning_that_used_the_rest_of_the_budget_names_the_budget() -> None:
     job = RunRequest(task_id="t1", description="x", token_budget=500)
     answer = [THOUGHT, StreamChunk(finish_reason="length", usage=Usage(prompt_tokens=5, completion_tokens=400))]
     with pytest.raises(AgentFailed, match="tokens that the task's token_budget left went into reasoning"):
@@ -99,7 +99,7 @@ async def test_a_refusal_after_a_round_with_text_is_a_failure() -> None:
         await events_of(provider.agent(add))
 
 
-async def test_an_answer_given_beside_a_call_counts_when_the_last_turn_is_empty() -> None:
+async def test_an_answer_next_to_a_call_counts_when_the_last_turn_is_empty() -> None:
     provider = Scripted(wanting(ADD, text="It is five."), [STOP])
 
     assert (await provider.agent(add).run(JOB)).content == "It is five."
@@ -121,7 +121,7 @@ async def test_the_model_gets_the_wanted_schema_as_response_format(server: OpenA
     assert "JSON alone" in asked.messages[-1]["content"]
 
 
-async def test_beside_tools_the_prompt_alone_has_the_schema(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_with_tools_the_schema_is_in_the_prompt_alone(server: OpenAIServer, make: MakeAgent) -> None:
     server.script(Reply(tool_calls=(("add", '{"a":40,"b":40}'),)), Reply(text='The port is {"port": 80}.'))
 
     assert (await make(add).run(WANTS_JSON)).content == '{"port": 80}'
@@ -130,7 +130,7 @@ async def test_beside_tools_the_prompt_alone_has_the_schema(server: OpenAIServer
         assert "JSON alone" in request.messages[0]["content"]
 
 
-async def test_a_server_that_refuses_response_formats_is_asked_in_words_alone(
+async def test_a_server_that_refuses_response_formats_gets_the_schema_as_text_alone(
     server: OpenAIServer, make: MakeAgent
 ) -> None:
     def old(request: Request) -> Reply:
@@ -145,7 +145,7 @@ async def test_a_server_that_refuses_response_formats_is_asked_in_words_alone(
     assert "response_format" not in server.requests[-1].body
 
 
-async def test_a_provider_that_refuses_schemas_is_asked_once_more_without() -> None:
+async def test_a_provider_that_refuses_schemas_gets_one_more_request_without() -> None:
     provider = Scripted([AgentFailed("refused")], answering('{"port": 80}'))
     with capture_logs():
         assert (await provider.agent().run(WANTS_JSON)).content == '{"port": 80}'
@@ -154,7 +154,7 @@ async def test_a_provider_that_refuses_schemas_is_asked_once_more_without() -> N
 
 
 @pytest.mark.parametrize("failure", [AgentFailed("busy", retry_after_s=9.0), DeadlineExceeded("late")])
-async def test_a_failure_that_has_another_cause_is_not_asked_again(failure: LoomError) -> None:
+async def test_a_failure_with_another_cause_is_not_retried(failure: LoomError) -> None:
     provider = Scripted([failure])
     with pytest.raises(LoomError):
         await provider.agent().run(WANTS_JSON)
@@ -181,7 +181,7 @@ async def test_a_refused_request_without_a_schema_is_not_sent_again(server: Open
         ' {"port": 80}\n',
     ],
 )
-async def test_what_surrounds_wanted_json_is_taken_off(text: str, streaming: bool) -> None:
+async def test_text_around_requested_json_is_removed(text: str, streaming: bool) -> None:
     result = await Scripted(answering(text)).agent(stream=streaming).run(WANTS_JSON)
 
     assert result.content == '{"port": 80}'
@@ -236,7 +236,7 @@ def test_a_search_for_json_in_hostile_text_ends_soon(text: str) -> None:
     assert MAX_CANDIDATES < 100
 
 
-def test_what_is_accepted_is_put_into_words() -> None:
+def test_the_accepted_answers_are_described_in_words() -> None:
     accept = Accept(contains=("a\nb", "c"), pattern="^x+$", rubric="Be kind.", json_schema=SCHEMA)
     words = acceptance(accept)
 

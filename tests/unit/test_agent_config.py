@@ -89,7 +89,7 @@ def test_a_setting_that_can_be_used_is_kept(setting: str, value: Any) -> None:
     assert getattr(AgentConfig(**{setting: value}), setting) == value
 
 
-def test_a_provider_that_is_unknown_is_answered_by_what_is_possible() -> None:
+def test_an_unknown_provider_is_refused_with_the_possible_ones() -> None:
     with pytest.raises(ValueError, match=r"known: openai, .*complete.*stream"):
         AgentConfig(provider="anthropic")
 
@@ -143,7 +143,7 @@ def test_a_variable_that_cannot_be_used_is_named_when_the_provider_is_made(
         ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE"),
     ],
 )
-async def test_an_environment_without_a_way_out_is_named_and_not_asked_again(
+async def test_an_environment_that_prevents_connections_is_named_and_not_retried(
     variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await asyncio.to_thread(__import__, "openai")
@@ -156,7 +156,7 @@ async def test_an_environment_without_a_way_out_is_named_and_not_asked_again(
         assert caught.value.field == "environment"
         assert time.monotonic() - started < 0.9
         monkeypatch.delenv(variable)
-        assert (await provider.complete(ASK)).content == "You said: How do you do?"
+        assert (await provider.complete(ASK)).content == "You wrote: How do you do?"
 
     assert len(server.requests) == 1
 
@@ -218,7 +218,7 @@ def test_an_azure_version_without_an_address_is_named() -> None:
         endpoint_of(AgentConfig(api_version="1", api_key="k"), {})
 
 
-async def test_nodes_of_one_runtime_may_have_models_of_their_own() -> None:
+async def test_nodes_of_one_runtime_may_have_different_models() -> None:
     async with OpenAIServer() as server:
         config = AgentConfig(model="big", base_url=server.base_url, system_prompt="Think.", max_steps=2)
         rt = Runtime(OpenAIProvider(replace(config, model="small")))
@@ -249,7 +249,7 @@ class Foreign:
         yield StreamChunk(text="x", finish_reason="stop")
 
 
-def test_a_provider_of_ones_own_may_take_its_model_from_anywhere() -> None:
+def test_a_custom_provider_may_take_its_model_from_anywhere() -> None:
     with capture_logs() as logs:
         Runtime(Foreign()).add_agent(name="a", config=AgentConfig(model="big"))
 
@@ -259,7 +259,7 @@ def test_a_provider_of_ones_own_may_take_its_model_from_anywhere() -> None:
 @pytest.mark.parametrize(
     "given", [{"provider": Foreign()}, {"config": AgentConfig()}, {"tools": [len]}, {"system_prompt": ""}]
 )
-def test_what_has_no_effect_beside_a_finished_agent_is_refused(given: dict[str, Any]) -> None:
+def test_options_without_effect_on_a_finished_agent_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(
         LoomError, match=f"leave out the agent or {next(iter(given))}: only an agent that add_agent makes"
     ):

@@ -1,4 +1,4 @@
-"""Any object with complete or stream is a provider, and what it gives is read forgivingly."""
+"""Any object with complete or stream is a provider, and its results are read leniently."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, To
 from loom.schemas.run import RunRequest
 
 
-async def test_a_wait_the_models_server_asks_for_reaches_the_caller(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_the_retry_after_of_the_models_server_reaches_the_caller(server: OpenAIServer, make: MakeAgent) -> None:
     server.script(Reply(status=429, headers={"Retry-After": "60"}))
     with pytest.raises(AgentFailed) as caught:
         await make().run(RunRequest(task_id="t1", description="x", remaining_s=3600))
@@ -42,20 +42,20 @@ class Broken:
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("error", [ValueError("boom"), TimeoutError(), asyncio.CancelledError(), SystemExit()])
-async def test_whatever_a_provider_raises_is_a_failure(error: BaseException, streaming: bool) -> None:
+async def test_every_exception_of_a_provider_is_a_failure(error: BaseException, streaming: bool) -> None:
     with pytest.raises(AgentFailed, match="the model could not answer"):
         await events_of(Agent(Broken(error), AgentConfig(stream=streaming)))
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("told", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
-async def test_nonsense_about_usage_is_replaced_by_an_estimate(told: dict[str, Any], streaming: bool) -> None:
+@pytest.mark.parametrize("reported", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
+async def test_nonsense_about_usage_is_replaced_by_an_estimate(reported: dict[str, Any], streaming: bool) -> None:
     class Boastful:
         async def complete(self, _params: CompletionParams) -> CompletionResult:
-            return CompletionResult(content="fine", usage=Usage(**told))
+            return CompletionResult(content="fine", usage=Usage(**reported))
 
         async def stream(self, _params: CompletionParams) -> AsyncIterator[StreamChunk]:
-            yield StreamChunk(text="fine", usage=Usage(**told), finish_reason="stop")
+            yield StreamChunk(text="fine", usage=Usage(**reported), finish_reason="stop")
 
     done = done_of(await events_of(Agent(Boastful(), AgentConfig(stream=streaming))))
 
@@ -129,7 +129,7 @@ async def test_a_tool_call_may_come_in_any_of_these_forms(pieces: list[Any]) -> 
     assert provider.asked[1].messages[-1].content == "5"
 
 
-async def test_calls_may_come_one_by_one() -> None:
+async def test_calls_may_arrive_one_by_one() -> None:
     calls = [ToolCall(id=f"c{n}", name="add", arguments=f'{{"a":{n},"b":0}}') for n in range(3)]
     provider = Scripted([StreamChunk(tool_call=call) for call in calls], ["done"])
     await events_of(provider.agent(add))
@@ -215,7 +215,7 @@ async def test_a_provider_with_neither_method_is_a_failure_with_a_sentence() -> 
         await events_of(Agent(object()))  # type: ignore[arg-type]
 
 
-async def test_a_stream_that_is_no_asynchronous_iterator_is_a_failure_with_a_sentence() -> None:
+async def test_a_stream_that_is_not_an_async_iterator_is_a_failure_with_a_sentence() -> None:
     class Stream:
         def stream(self, _params: CompletionParams) -> list[str]:
             return ["fine"]

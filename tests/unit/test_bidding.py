@@ -1,4 +1,4 @@
-"""What a host offers, whatever its nodes are: the same as if each of them had made a bid and the best were taken."""
+"""The offer of a host: for any nodes, it equals the best of the bids of all of them."""
 
 import asyncio
 from contextvars import copy_context
@@ -81,7 +81,7 @@ def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[lis
     st.dictionaries(st.sampled_from(NAMES), st.integers(0, 5)),
     calls,
 )
-def test_the_best_bids_are_offered_as_if_every_node_had_made_one(
+def test_the_offered_bids_are_the_best_of_all_nodes(
     there: list[AgentNode], work: dict[str, int], call: CallForBids
 ) -> None:
     host = NodeHost(UNCONNECTED, lambda: cast("list[Node]", there), slots=SLOTS, backlog=BACKLOG)
@@ -107,7 +107,7 @@ def test_a_node_is_found_wherever_its_list_has_moved_it(changes: list[tuple[bool
             assert cast("Any", host._find_node(wanted)) is next((node for node in there if node.id == wanted), None)
 
 
-def test_an_agent_is_made_once_of_a_function_and_again_of_another() -> None:
+def test_an_agent_is_built_once_for_a_function_and_again_for_another() -> None:
     node = AgentNode(id="n1", agent=agent)
     agents = HostedAgents(copy_context())
     first = agents.agent_of(cast("Node", node))

@@ -1,4 +1,4 @@
-"""What the server says of a delivery, and when a message is suspect or dead."""
+"""Metadata of a delivery, and the limits after which a message is suspect or dead."""
 
 from datetime import datetime
 
@@ -45,7 +45,7 @@ def test_a_message_is_suspect_after_three_deliveries_and_dead_after_ten() -> Non
 
 
 @pytest.mark.slow
-async def test_a_delivery_lets_others_in_once() -> None:
+async def test_a_delivery_releases_its_lock_once() -> None:
     delivery = _delivery(5)
     delivery.release()  # it had not entered: nothing to give back
     await delivery.acquire()
@@ -56,7 +56,7 @@ async def test_a_delivery_lets_others_in_once() -> None:
     await again.acquire()
 
 
-def test_slots_count_what_is_free() -> None:
+def test_slots_count_the_free_places() -> None:
     slots = Slots(4)
     slots.taken = 3
     assert slots.free == 1

@@ -21,7 +21,7 @@ from loom.phases.match.offers import UncheckedOffer
 from loom.phases.match.partial_decoding import PartialProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 
 
 class Clock:
@@ -99,7 +99,7 @@ async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: H
     assert roster.host_of("n1") is None
 
 
-async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: HostDirectory) -> None:
+async def test_hosts_of_two_owners_may_share_an_id_and_stay_separate(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     announce(roster, "h1", "n1", owner="acme")
     assert roster.awaited_hosts() == {key("h1"), key("h1", "acme")}
@@ -120,7 +120,7 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
     assert roster.host_of("n1") == key("h1")
 
 
-async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: HostDirectory) -> None:
+async def test_a_host_of_plain_nodes_alone_is_listed_and_not_awaited(roster: HostDirectory) -> None:
     plain = HostAnnouncement(nodes=(AnnouncedNode(node_id="sh", plain=True),))
     roster._on_announcement(Msg("loom.host.local.p1", data=encode(plain)))
     assert (roster.awaited_hosts(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))
@@ -162,7 +162,7 @@ def evidence(*scores: float, task: str = "t") -> DomainEvidence:
 
 
 @given(st.lists(messages(NodeProfile), max_size=4))
-async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_score(
+async def test_profiles_of_adapt_are_known_with_counts_means_and_newest_score(
     profiles: Sequence[NodeProfile],
 ) -> None:
     roster = HostDirectory(Bus("nats://127.0.0.1:1"))
@@ -185,27 +185,27 @@ async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None
     assert roster.ranking.best("code", 16) == ("n1",)
 
 
-async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
-    told: list[tuple[str, str, list[str]]] = []
+async def test_only_changed_domains_are_reported_and_only_their_last_change() -> None:
+    reports: list[tuple[str, str, list[str]]] = []
     roster = HostDirectory(
         Bus("nats://127.0.0.1:1"),
-        on_rewarded=lambda node, domain_token, ids: told.append((node, domain_token, list(ids))),
+        on_rewarded=lambda node, domain_token, ids: reports.append((node, domain_token, list(ids))),
     )
     code, data = evidence(1, 0), evidence(1, task="d")
     await learn(roster, NodeProfile(node_id="n1", domains={"code": code, "data": data}))
-    assert told == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
-    told.clear()
+    assert reports == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
+    reports.clear()
     known = roster.profiles["n1"].domains
     later = [
         NodeProfile(node_id="n1", domains={"code": evidence(*scores), "data": data}) for scores in ([1], [1, 0, 1])
     ]
     await learn(roster, *later)
-    assert told == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
+    assert reports == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
     assert roster.profiles["n1"].domains["data"] is known["data"]
     assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
 
 
-async def test_a_profile_that_cannot_be_read_leaves_what_is_known(roster: HostDirectory) -> None:
+async def test_an_unreadable_profile_leaves_the_known_profile(roster: HostDirectory) -> None:
     await learn(roster, NodeProfile(node_id="n1", last_seq=1, domains={"code": evidence(1)}))
     with capture_logs() as logs:
         await learn(roster, {"node_id": "n1", "last_seq": 2, "domains": {"code": {"scores": ["odd"], "count": 9}}})

@@ -1,4 +1,4 @@
-"""The pages of docs/: what can be generated equals the code, and what can be checked is true.
+"""The pages of docs/: generated tables equal the code, and checked statements are true.
 
 Run as a script, this file writes the tables of docs/subjects.md.
 """
@@ -78,7 +78,7 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(str(there.resolve().relative_to(ROOT))), target
 
 
-def test_every_test_that_shows_a_promise_is_there() -> None:
+def test_every_test_named_for_a_promise_exists() -> None:
     named = re.findall(r"`(\w+/test_\w+\.py)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
     assert len(set(named)) > 10
     assert [name for name in named if not (DOCS.parent / "tests" / name).exists()] == []

@@ -1,4 +1,4 @@
-"""The agents of examples/report.py: each does its part on the documents that come with it."""
+"""The agents of examples/report.py: each does its part on the supplied documents."""
 
 import importlib.util
 import json

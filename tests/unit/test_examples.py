@@ -1,4 +1,4 @@
-"""The examples do what they say, on the files they come with."""
+"""The examples give the documented results on the supplied files."""
 
 import importlib.util
 import shutil
@@ -57,13 +57,13 @@ def job(file: str, **context: str) -> RunRequest:
 
 def test_a_tables_overview_gives_types_ranges_means_and_gaps(agents: ModuleType) -> None:
     lines = agents.quick_data(job("sales.csv")).splitlines()
-    said = dict(line.split(maxsplit=1) for line in lines[1:])
+    columns = dict(line.split(maxsplit=1) for line in lines[1:])
 
     assert lines[0] == "sales.csv: 240 rows, 10 columns"
-    assert said["date"] == "date    2024-01-03 to 2025-01-01"
-    assert said["units"] == "number  min 2, mean 12.36, max 61"
-    assert said["rating"] == "number  min 1, mean 3.94, max 5, 29 missing"
-    assert said["region"] == "text    4 different: south 72, west 68, north 64"
+    assert columns["date"] == "date    2024-01-03 to 2025-01-01"
+    assert columns["units"] == "number  min 2, mean 12.36, max 61"
+    assert columns["rating"] == "number  min 1, mean 3.94, max 5, 29 missing"
+    assert columns["region"] == "text    4 different: south 72, west 68, north 64"
 
 
 def test_a_tables_report_ranks_correlations_and_groups(agents: ModuleType) -> None:
@@ -75,7 +75,7 @@ def test_a_tables_report_ranks_correlations_and_groups(agents: ModuleType) -> No
     assert "by order_id" not in report
 
 
-def test_the_context_chooses_what_is_measured(agents: ModuleType) -> None:
+def test_the_context_chooses_the_measured_quantity(agents: ModuleType) -> None:
     assert "rain_mm by wind_from (total, share, mean)\n  N: 31.10, 46%, 7.78" in agents.thorough_data(
         job("weather.csv", measure="rain_mm")
     )
@@ -86,7 +86,7 @@ def test_the_context_chooses_what_is_measured(agents: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("table", "complaint"), [("", "no rows"), ("a,b\n", "no rows"), ("a,b\n1,2\n3\n", "row 3: 1 cells instead of 2")]
 )
-def test_a_table_that_is_none_is_refused(agents: ModuleType, inputs: Path, table: str, complaint: str) -> None:
+def test_an_invalid_table_is_refused(agents: ModuleType, inputs: Path, table: str, complaint: str) -> None:
     (inputs / "t.csv").write_text(table)
     with pytest.raises(AgentFailed, match=complaint):
         agents.quick_data(job("t.csv"))
@@ -144,7 +144,7 @@ def test_complexity_counts_every_branch_but_not_those_of_functions_inside(agents
     assert "  outer: 6\n  outer.<locals>.inner: 2\n" in review
 
 
-def test_what_is_not_python_is_refused_with_its_line(agents: ModuleType, inputs: Path) -> None:
+def test_text_that_is_not_python_is_refused_with_its_line(agents: ModuleType, inputs: Path) -> None:
     (inputs / "t.py").write_text("x = 1\ndef (\n")
     with pytest.raises(AgentFailed, match=r"t\.py, line 2: invalid syntax"):
         agents.quick_code(job("t.py"))
@@ -171,7 +171,7 @@ def test_a_summary_is_made_of_the_texts_own_sentences_in_their_order(agents: Mod
     assert [text.index(sentence) for sentence in sentences] == sorted(text.index(sentence) for sentence in sentences)
 
 
-def test_a_summary_prefers_what_the_text_is_about(agents: ModuleType) -> None:
+def test_a_summary_prefers_the_topic_of_the_text(agents: ModuleType) -> None:
     assert "Where a river has room, a flood rises more slowly" in agents.thorough_writing(job("rivers.txt"))
 
 
@@ -204,7 +204,7 @@ def test_a_link_out_of_the_inputs_folder_is_not_followed(agents: ModuleType, inp
         agents.quick_code(job("link.py"))
 
 
-def test_a_job_without_a_file_is_told_how_to_name_one(agents: ModuleType) -> None:
+def test_a_job_without_a_file_is_refused_with_the_way_to_name_one(agents: ModuleType) -> None:
     with pytest.raises(AgentFailed, match="context"):
         agents.quick_data(RunRequest(task_id="t", description="look"))
 
@@ -218,14 +218,14 @@ def test_the_tools_read_no_other_files_either(agents: ModuleType) -> None:
 # -- tasks and nodes -------------------------------------------------------------------------------------------------
 
 
-def test_there_are_tasks_of_three_domains_and_some_that_name_none() -> None:
+def test_the_tasks_have_three_domains_and_some_name_none() -> None:
     assert len(TASKS) >= 12
     assert len({ad.task_id for ad in TASKS}) == len(TASKS)
     assert {ad.domain for ad in TASKS} == {"data", "code", "writing", ""}
 
 
 @pytest.mark.parametrize("ad", TASKS, ids=lambda ad: ad.task_id)
-def test_the_thorough_agent_of_its_kind_meets_what_each_task_accepts(agents: ModuleType, ad: TaskAd) -> None:
+def test_the_thorough_agent_of_each_domain_gives_accepted_answers(agents: ModuleType, ad: TaskAd) -> None:
     work = {".csv": agents.thorough_data, ".py": agents.thorough_code, ".txt": agents.thorough_writing}
     content = work[Path(ad.context["file"]).suffix](
         RunRequest(task_id=ad.task_id, description=ad.description, context=ad.context)

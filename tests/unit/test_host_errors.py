@@ -1,4 +1,4 @@
-"""What EXECUTE believes of the error code a host reports."""
+"""The error codes of a host that EXECUTE accepts, and the facts that confirm them."""
 
 import pytest
 from hypothesis import given

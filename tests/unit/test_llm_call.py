@@ -1,4 +1,4 @@
-"""A phase's question to a model: bounded in time and tokens, asked twice at most, not at all while it is down."""
+"""A model request of a phase: bounded in time and tokens, sent twice at most, and not sent while the model is down."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ QUESTION = CompletionParams(messages=(UserMessage("four"),), json_schema={"type"
 
 
 class Model:
-    """Gives these answers, the last one for ever, or raises them; keeps what it was asked."""
+    """Gives these answers, repeats the last one, or raises them; records its requests."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), list[CompletionParams]()
@@ -56,9 +56,9 @@ async def put(model: Model, **facts: Any) -> LLMAnswer[int]:
     return await call_llm(model, QUESTION, number, **{"within_s": 10.0, **facts})
 
 
-async def test_an_answer_comes_with_what_it_took() -> None:
-    told = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
-    assert await put(Model(told)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
+async def test_an_answer_has_its_token_usage() -> None:
+    completion = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
+    assert await put(Model(completion)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
 
 
 @pytest.mark.parametrize("usage", [None, Usage(prompt_tokens=-1), Usage(prompt_tokens=10**20), "many"])
@@ -110,7 +110,7 @@ async def test_a_question_is_not_put_a_third_time() -> None:
         asyncio.CancelledError(),
     ],
 )
-async def test_a_model_that_does_not_answer_is_asked_once(error: BaseException) -> None:
+async def test_a_model_without_an_answer_gets_one_request(error: BaseException) -> None:
     model = Model(error)
     answer = await put(model)
     assert (answer.value, len(model.asked)) == (None, 1)
@@ -133,7 +133,7 @@ async def test_a_mistake_goes_along_with_the_second_question() -> None:
     assert [message.content for message in model.asked[1].messages] == ["four", "seven: not a number"]
 
 
-async def test_a_question_takes_no_longer_than_it_may_even_if_its_provider_swallows_the_cancel() -> None:
+async def test_a_request_ends_in_time_even_if_its_provider_swallows_the_cancel() -> None:
     ended = asyncio.Event()
 
     class Deaf(Model):
@@ -183,7 +183,7 @@ async def test_a_question_beyond_the_budget_is_not_put() -> None:
     assert (await put(model, budget=11)).value == 7
 
 
-async def test_the_second_question_has_what_the_first_one_left() -> None:
+async def test_the_second_request_has_the_remaining_budget_of_the_first() -> None:
     first = CompletionResult(content="x", usage=Usage(prompt_tokens=1, completion_tokens=5))
     model = Model(first, "7")
     assert (await put(model, budget=15)).value is None
@@ -198,7 +198,7 @@ def test_without_a_budget_everything_is_affordable() -> None:
 # -- a model that is down
 
 
-async def test_a_model_that_failed_three_times_in_a_row_is_not_asked_for_a_while() -> None:
+async def test_a_model_with_three_failures_in_a_row_gets_no_requests_for_a_while() -> None:
     model = Model(RuntimeError("down"))
     with capture_logs() as logs:
         for _ in range(MAX_FAILURES):
@@ -224,7 +224,7 @@ async def test_a_model_that_refuses_is_not_down(answer: Any) -> None:
     assert len(model.asked) == 4 * MAX_FAILURES
 
 
-async def test_a_short_deadline_is_no_sign_that_a_model_is_down() -> None:
+async def test_a_short_deadline_does_not_mark_a_model_as_down() -> None:
     class Slow(Model):
         async def complete(self, params: CompletionParams) -> CompletionResult:
             self.asked.append(params)
@@ -257,13 +257,13 @@ def test_a_model_that_is_down_is_probed_once_in_thirty_seconds() -> None:
     assert [breaker.allow_request(), breaker.allow_request()] == [True, True]
 
 
-def test_the_phases_of_a_process_share_what_they_know_of_a_provider() -> None:
+def test_the_phases_of_a_process_share_the_state_of_a_provider() -> None:
     one, other = Model("7"), Model("7")
     assert breaker_for(one) is breaker_for(one)
     assert breaker_for(one) is not breaker_for(other)
 
 
-def test_a_provider_that_cannot_be_remembered_is_asked_each_time() -> None:
+def test_a_provider_without_weak_references_gets_every_request() -> None:
     class Slotted:
         __slots__ = ()
         complete = stream = None

@@ -1,4 +1,4 @@
-"""Every number, text and collection of a message is bounded, and what is out of bounds is left out."""
+"""Every number, text and collection of a message is bounded, and values out of bounds are left out."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +24,9 @@ from loom.schemas.base import MAX_INT, MAX_SECONDS, Message, Undecodable, decode
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Calibration, NodeProfile, Reward
+from loom.schemas.learning.calibration import Calibration
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunEvent, read_events
 from loom.schemas.task import RunResult, TaskAd, TaskError

@@ -1,4 +1,4 @@
-"""Which messages a tap shows, and how it writes them."""
+"""The messages shown by a tap, and their text."""
 
 import io
 import re
@@ -22,7 +22,8 @@ from loom.runner.cli.views.message_lines import MessageLines
 from loom.schemas.auction import Award, HostAnnouncement
 from loom.schemas.envelope import PHASES, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -92,7 +93,7 @@ def through(sieve: MessageFilter, *traffic: TappedMessage) -> list[int]:
     return [index for index, message in enumerate(traffic) if sieve.passes(message)]
 
 
-def test_without_a_wish_everything_passes() -> None:
+def test_a_filter_without_criteria_passes_every_message() -> None:
     assert through(MessageFilter(), hop("t1"), delta("t2"), REWARD, learned("n1")) == [0, 1, 2, 3]
 
 
@@ -121,14 +122,14 @@ def test_a_task_comes_with_its_parts_and_theirs() -> None:
     assert through(MessageFilter(task="c11"), *traffic) == [4, 5, 6]
 
 
-def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
+def test_a_subtask_ended_before_the_tap_belongs_to_its_task() -> None:
     sieve = MessageFilter(task="t1")
     sieve.remember_subtask(part("c1", of="t1").message)
 
     assert through(sieve, result("c1"), result("c2")) == [0]
 
 
-def test_a_phase_gets_and_says() -> None:
+def test_a_phase_matches_its_received_and_its_sent_messages() -> None:
     traffic = (hop("t1", "match"), hop("t1", "execute"), RUN, delta("t1"), result("t1"), REWARD, learned("n1", "t1"))
 
     assert through(MessageFilter(phase="match"), *traffic) == [0]
@@ -148,7 +149,7 @@ def test_every_family_that_concerns_one_phase_has_it() -> None:
 def test_deltas_follow_the_node_that_has_the_task() -> None:
     here = seen(HostAnnouncement(nodes=nodes("n1", "n2")), "host", "local", "h")
     traffic = (
-        delta("t1"),  # nobody has said yet whose it is
+        delta("t1"),  # its node is not known yet
         hop("t1", node="n1"),
         delta("t1"),
         delta("t2"),
@@ -181,7 +182,7 @@ def test_wishes_combine() -> None:
     assert through(MessageFilter(task="t1", phase="execute", node="n1", domain_token="code"), *traffic) == [0]
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_tasks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sieve_module, "REMEMBERED", 2)
     sieve = MessageFilter(node="n1")
     traffic = [hop(f"t{number}", node="n1") for number in range(3)]
@@ -190,8 +191,8 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.sampled_from(sorted(SHAPES)).flatmap(lambda family: st.tuples(st.just(family), messages(SHAPES[family]))))
-def test_any_message_can_be_sifted(told: tuple[str, Any]) -> None:
-    family, message = told
+def test_any_message_can_be_filtered(sample: tuple[str, Any]) -> None:
+    family, message = sample
     names = next(each.tokens for each in FAMILIES if each.name == family)
 
     MessageFilter(task="t", phase="match", node="n", domain_token="s").passes(
@@ -224,9 +225,9 @@ def test_a_line_on_a_terminal_fits_and_is_coloured_unless_that_is_not_wanted() -
 # -- small words
 
 
-@pytest.mark.parametrize(("text", "said"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
-def test_a_time_is_written_with_its_unit(text: str, said: float) -> None:
-    assert seconds(text) == said
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
+def test_a_time_is_written_with_its_unit(text: str, expected: float) -> None:
+    assert seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["10", "m", "-1s", "1 h", "1w", "", "9999999999s"])
@@ -236,11 +237,11 @@ def test_other_times_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration_s", "said"),
+    ("duration_s", "expected"),
     [(0.0004, "0.4 ms"), (0.085, "85 ms"), (1.254, "1.25 s"), (63.2, "63 s"), (720, "12 min")],
 )
-def test_durations_have_a_few_figures(duration_s: float, said: str) -> None:
-    assert span(duration_s) == said
+def test_durations_have_a_few_figures(duration_s: float, expected: str) -> None:
+    assert span(duration_s) == expected
 
 
 @given(st.lists(st.floats(min_value=0, max_value=1)))
@@ -252,7 +253,7 @@ def test_a_sparkline_has_a_bar_per_score_and_higher_ones_for_better(scores: list
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
 
 
-def test_a_node_is_asked_for_with_its_owner() -> None:
+def test_a_node_is_selected_with_its_owner() -> None:
     announced = seen(HostAnnouncement(nodes=nodes("coder")), "host", "acme", "h1")
     award = Award(node_id="coder", owner="acme", host_id="h1")
     ad = TaskAd(task_id="t1", description="x")

@@ -1,4 +1,4 @@
-"""Hosts an auction waits for: in linear time, and made-up ones seldom."""
+"""The hosts that an auction waits for: found in linear time, and rarely made-up ones."""
 
 import time
 
@@ -10,9 +10,9 @@ from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, NodeOwne
 from loom.phases.match.presence import (
     ANSWERS_PER_MISS,
     MAX_MISSED_WINDOWS,
-    UNPROVEN_EVERY_S,
     HostPresence,
 )
+from loom.phases.match.timings import MatchTimings
 
 
 class Clock:
@@ -69,13 +69,13 @@ def test_newcomers_are_awaited_in_one_auction_a_second_and_at_most_three_times()
     clock = Clock()
     hosts = presence(clock)
     hosts.record_answers([key("good")], set())
-    clock.now += UNPROVEN_EVERY_S
+    clock.now += MatchTimings.unproven_every_s
     hosts.record_announcement(key("new"))
     for _ in range(MAX_MISSED_WINDOWS):
         assert hosts.awaited_hosts() == {key("good"), key("new")}
         hosts.record_answers([key("good")], {key("new")})
         assert hosts.awaited_hosts() == {key("good")}
-        clock.now += UNPROVEN_EVERY_S
+        clock.now += MatchTimings.unproven_every_s
         hosts.record_announcement(key("new"))
     assert hosts.awaited_hosts() == {key("good")}
     for _ in range(MAX_MISSED_WINDOWS * ANSWERS_PER_MISS):
@@ -99,7 +99,7 @@ def test_a_silent_proven_host_gets_another_chance_when_it_announces_itself() -> 
     for _ in range(MAX_MISSED_WINDOWS):
         hosts.record_answers([key("good")], {key("slow")})
     assert hosts.awaited_hosts() == {key("good")}
-    clock.now += UNPROVEN_EVERY_S
+    clock.now += MatchTimings.unproven_every_s
     hosts.record_announcement(key("slow"))
     assert hosts.awaited_hosts() == {key("good"), key("slow")}
 
@@ -207,7 +207,7 @@ def test_a_node_belongs_to_the_first_host_that_is_alive() -> None:
     assert ownership.host_of("unknown") is None
 
 
-def test_a_node_that_came_back_on_another_host_is_there_at_once_when_the_first_is_dead() -> None:
+def test_a_node_that_moved_to_another_host_is_known_when_the_first_host_dies() -> None:
     clock = Clock()
     hosts = presence(clock)
     ownership = NodeOwnership(clock, hosts.last_seen_at)

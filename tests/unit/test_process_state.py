@@ -1,4 +1,4 @@
-"""The state of the process is the same at the beginning of every test, whatever ran before."""
+"""The state of the process is the same at the beginning of every test, in any order of tests."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What a client may submit, how it is told what is wrong, and how a domain becomes a token."""
+"""Ads: the accepted fields, the errors for wrong ones, and the token of a domain."""
 
 import json
 import unicodedata
@@ -37,7 +37,7 @@ BAD: dict[str, tuple[bytes, str | None]] = {
     "wrong type": (_ad(domain=7), "domain"),
     "wrong type inside": (_ad(required_tools=["ok", 7]), "required_tools"),
     "too many labels": (_ad(labels={str(n): "" for n in range(17)}), "labels"),
-    "a label that is no text": (_ad(labels={"n": 1}), "labels"),
+    "a label that is not a text": (_ad(labels={"n": 1}), "labels"),
     "labels that are too long": (_ad(labels={"tenant": "x" * 2048}), "labels"),
     "a tool without a name": (_ad(tools_allowed=[""]), "tools_allowed"),
     "a required tool that is not allowed": (_ad(required_tools=["a", "b"], tools_allowed=["a"]), "required_tools"),
@@ -87,7 +87,7 @@ def test_defaults_are_as_documented() -> None:
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ad=messages(TaskAd))
-def test_what_python_may_submit_json_may_too(ad: TaskAd) -> None:
+def test_json_may_submit_every_ad_of_python(ad: TaskAd) -> None:
     forbidden = ad.tools_allowed is not None and not set(ad.required_tools) <= set(ad.tools_allowed)
     forbidden = forbidden or not are_labels(ad.labels)
     if not ad.description.strip() or free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES) or forbidden:
@@ -101,7 +101,7 @@ def test_what_python_may_submit_json_may_too(ad: TaskAd) -> None:
 PYTHON_ONLY: dict[str, tuple[dict[str, Any], str | None]] = {
     "not a number": ({"context": {"a": float("nan")}}, "context"),
     "an object": ({"context": {"a": object()}}, "context"),
-    "a context that is no object": ({"context": ["a"]}, "context"),
+    "a context that is not an object": ({"context": ["a"]}, "context"),
     "a number for a text": ({"description": 7}, "description"),
     "no description": ({"description": None}, "description"),
     "a bad id": ({"task_id": "a.b"}, "task_id"),
@@ -126,7 +126,7 @@ def test_an_ad_built_in_python_is_held_to_the_same_rules(what: str) -> None:
     assert caught.value.field == field
 
 
-def test_an_ad_of_exactly_the_limit_is_taken() -> None:
+def test_an_ad_of_exactly_the_limit_is_accepted() -> None:
     short = TaskAd(task_id="t", description="x")
     ad = TaskAd(task_id="t", description="x" * (1 + MAX_AD_BYTES - len(encode(short))))
     assert len(encode(ad)) == MAX_AD_BYTES
@@ -156,7 +156,7 @@ def test_a_slug_is_always_a_token_and_its_own_slug(domain: str) -> None:
 
 @settings(deadline=None)
 @given(domain=texts)
-def test_how_a_text_is_composed_makes_no_difference(domain: str) -> None:
+def test_the_unicode_composition_of_a_text_makes_no_difference(domain: str) -> None:
     assert domain_token(unicodedata.normalize("NFC", domain)) == domain_token(unicodedata.normalize("NFD", domain))
 
 
@@ -169,7 +169,7 @@ def test_case_and_spaces_around_do_not_count() -> None:
     )
 
 
-def test_texts_of_any_script_are_told_apart() -> None:
+def test_texts_of_any_script_are_distinguished() -> None:
     domain_tokens = {
         domain_token(domain)
         for domain in ("代码", "数据", "数 据", "données", "donnees", "c++", "c#", "a.b", "a b", "*", ">", "")
@@ -179,5 +179,5 @@ def test_texts_of_any_script_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a.b", "a b", "*", ">", "a\n", "ü", "x" * 65, "a\x00", " a"])
-def test_what_a_subject_must_not_hold_is_no_token(text: str) -> None:
+def test_text_forbidden_in_a_subject_is_not_a_token(text: str) -> None:
     assert not is_token(text)

@@ -1,4 +1,4 @@
-"""What a record tells about a task's way."""
+"""The timeline of a task, from its record."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from support.strategies import messages
 
 from loom.runner.cli.views.task_timeline import attempts, submitted_at, tries, turns
 from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -23,10 +23,10 @@ def envelope(*phases: str, attempt: int = 1, **fields: object) -> Envelope:
     return Envelope(ad=ad, deadline=1300.0, hops=hops, attempt=attempt, **fields)  # type: ignore[arg-type]
 
 
-def record(told: Envelope, *, ended_at: float | None = None, **fields: object) -> TaskRecord:
+def record(env: Envelope, *, ended_at: float | None = None, **fields: object) -> TaskRecord:
     state = "running" if ended_at is None else "succeeded"
     given: dict[str, object] = {"state": state, "admitted_at": 1001.0, **fields}
-    return TaskRecord(task_id="t1", envelope=told, ended_at=ended_at, **given)  # type: ignore[arg-type]
+    return TaskRecord(task_id="t1", envelope=env, ended_at=ended_at, **given)  # type: ignore[arg-type]
 
 
 def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Reward:
@@ -43,10 +43,10 @@ def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Re
     )
 
 
-def test_waiting_and_working_are_told_apart_and_the_end_is_reckoned() -> None:
-    told = turns(record(envelope("sense", *TRIP[:3]), ended_at=1016.0))
+def test_waiting_and_working_are_separate_and_the_end_is_computed() -> None:
+    shown = turns(record(envelope("sense", *TRIP[:3]), ended_at=1016.0))
 
-    assert [(turn.phase, turn.at_s, turn.waited_s, turn.worked_s) for turn in told] == [
+    assert [(turn.phase, turn.at_s, turn.waited_s, turn.worked_s) for turn in shown] == [
         ("sense", 2.0, 2.0, 1.0),
         ("match", 5.0, 2.0, 1.0),
         ("scale", 8.0, 2.0, 1.0),
@@ -56,9 +56,9 @@ def test_waiting_and_working_are_told_apart_and_the_end_is_reckoned() -> None:
 
 
 def test_a_cancelled_task_was_with_the_phase_after_its_last_hop() -> None:
-    told = turns(record(envelope("sense", *TRIP[:2]), ended_at=1016.0, state="cancelled"))
+    shown = turns(record(envelope("sense", *TRIP[:2]), ended_at=1016.0, state="cancelled"))
 
-    assert [turn.phase for turn in told] == ["sense", "match", "scale", "execute"]
+    assert [turn.phase for turn in shown] == ["sense", "match", "scale", "execute"]
 
 
 def test_a_running_task_has_the_turns_it_had() -> None:
@@ -74,7 +74,7 @@ def test_a_subtask_begins_with_its_admission() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "numbers"),
+    ("env", "numbers"),
     [
         (envelope("sense", *TRIP[:3]), [1, 1, 1, 1]),
         (envelope("sense", *TRIP, *TRIP[:3], attempt=2), [1, 1, 1, 1, 1, 2, 2, 2]),
@@ -82,18 +82,18 @@ def test_a_subtask_begins_with_its_admission() -> None:
         (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE hands back
     ],
 )
-def test_hops_belong_to_attempts(told: Envelope, numbers: list[int]) -> None:
-    assert attempts(told) == numbers
+def test_hops_belong_to_attempts(env: Envelope, numbers: list[int]) -> None:
+    assert attempts(env) == numbers
 
 
-def test_where_hops_were_dropped_the_attempts_count_from_both_ends() -> None:
-    told = Envelope(ad=TaskAd(task_id="t1", description="x"), deadline=1300.0, attempt=40)
+def test_with_dropped_hops_the_attempts_count_from_both_ends() -> None:
+    env = Envelope(ad=TaskAd(task_id="t1", description="x"), deadline=1300.0, attempt=40)
     for step, phase in enumerate(("sense", *TRIP * 39, *TRIP[:3])):
         hop = Hop(phase=phase, instance="i", started=1.0 * step, finished=1.0 * step, step=step)  # type: ignore[arg-type]
-        told = told.with_hop(hop)
+        env = env.with_hop(hop)
 
-    numbers = attempts(told)
-    gaps = [index for index, turn in enumerate(turns(record(told))) if turn.after_gap]
+    numbers = attempts(env)
+    gaps = [index for index, turn in enumerate(turns(record(env))) if turn.after_gap]
 
     assert len(numbers) == MAX_HOPS
     assert (numbers[0], numbers[-1]) == (1, 40)
@@ -105,9 +105,9 @@ def test_where_hops_were_dropped_the_attempts_count_from_both_ends() -> None:
 @pytest.mark.slow
 @given(messages(TaskRecord))
 def test_any_record_has_a_timeline(any_record: TaskRecord) -> None:
-    told = turns(any_record)
+    shown = turns(any_record)
 
-    assert all(turn.worked_s >= 0 and turn.at_s >= 0 and turn.attempt >= 1 for turn in told)
+    assert all(turn.worked_s >= 0 and turn.at_s >= 0 and turn.attempt >= 1 for turn in shown)
     tries(any_record, [])
 
 
@@ -128,7 +128,7 @@ def test_attempts_are_known_from_rewards_and_from_the_record() -> None:
     ]
 
 
-def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
+def test_failed_attempts_on_the_envelope_have_their_reasons() -> None:
     failed = FailedAttempt(attempt=1, node_id="bad", host_id="h", code="agent_failed", message="it raised", tokens=9)
     ended = record(
         envelope(attempt=2, failed_attempts=(failed,)), ended_at=1020.0, claim=Claim(attempt=2, node_id="good")
@@ -140,7 +140,7 @@ def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
     assert (second.node, second.outcome) == ("good", "succeeded")
 
 
-def test_the_attempt_in_hand_is_told_and_so_is_one_just_lost() -> None:
+def test_the_running_attempt_and_a_just_lost_one_are_shown() -> None:
     claim = Claim(attempt=1, node_id="n")
     lost = envelope(attempt=2, last_error=TaskError(code="node_lost"))
 

@@ -1,4 +1,4 @@
-"""Tools that are described by a JSON Schema or a type, such as those of a tool server."""
+"""Tools that are described by a JSON Schema or a type, such as the tools of a tool server."""
 
 import base64
 from collections.abc import AsyncIterator
@@ -121,7 +121,7 @@ def test_a_tool_is_a_function_or_a_schema_with_a_call(parts: Any) -> None:
     ("given", "name"),
     [("files.read", "files_read"), ("read file", "read_file"), ("a/b:c", "a_b_c"), ("plain-1", "plain-1")],
 )
-def test_a_name_is_mended_and_the_given_one_kept(given: str, name: str) -> None:
+def test_a_tool_name_is_sanitised_and_the_original_kept(given: str, name: str) -> None:
     made = make(name=given)
 
     assert (made.name, made.definition.name, made.alias) == (name, name, given)
@@ -186,14 +186,14 @@ async def test_an_error_of_a_tool_server_is_seen_by_the_model_and_not_by_the_bus
     assert result == ToolResult("no file x", failed=True, published="Error: the tool failed")
 
 
-async def test_a_result_in_structure_alone_becomes_json() -> None:
+async def test_a_result_with_structured_content_alone_becomes_json() -> None:
     value = part(content=[], structuredContent={"total": 3}, isError=False)
 
     assert await returning(value).run("{}", CONTEXT) == ToolResult('{"total":3}')
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"content": "text"}, {"content": [1]}, [{"kind": "a"}]])
-async def test_any_other_value_is_one_as_of_a_function(value: Any) -> None:
+async def test_any_other_value_is_handled_like_the_result_of_a_function(value: Any) -> None:
     assert (await returning(value).run("{}", CONTEXT)).text[0] in "[{"
 
 
@@ -250,7 +250,7 @@ def test_a_type_that_is_not_an_object_is_refused(kind: Any) -> None:
         define_tool("x", "", kind, lambda _arguments, _context: None)
 
 
-def test_a_registry_is_taken_where_tools_are(make: MakeAgent) -> None:
+def test_a_registry_is_accepted_wherever_tools_are(make: MakeAgent) -> None:
     registry = ToolRegistry()
 
     @registry.register
