@@ -16,6 +16,7 @@ except ImportError:  # commit b576095
     from loom.runner.cluster import running_phases  # type: ignore[import-not-found,no-redef]
     from loom.runner.logs import configure as configure_logs  # type: ignore[import-not-found,no-redef]
 
+from loom.runner.settings import from_environment
 from loom.schemas.envelope import Phase
 from loom.schemas.task import TaskAd
 from loom.types import AgentNode, CapabilityProfile
@@ -28,6 +29,7 @@ __all__ = [
     "Phase",
     "TaskAd",
     "configure_logs",
+    "from_environment",
     "publish",
     "running_phases",
 ]

@@ -70,7 +70,7 @@ class ProcessGroup:
         arguments = (self._checkout.python, str(file), *words)
         running = await self._stack.enter_async_context(command(self._folder, *arguments, **environment))
         async with asyncio.timeout(READY_S):
-            await running.says("ready\n")
+            await running.wait_for_output("ready\n")
         self.processes[name] = running.process.pid
 
     async def start_submitter(self, name: str, file: Path, *words: str, namespace: str = "loom") -> None:
