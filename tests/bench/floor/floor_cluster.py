@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -54,8 +54,13 @@ def host_names(scenario: Scenario) -> Iterator[str]:
         yield from (f"p{number}-{host}" for host in range(hosts))
 
 
-async def measured_sizes(group: ProcessGroup, namespace: str = "loom") -> MessageSizes:
+async def measured_sizes(group: ProcessGroup) -> MessageSizes:
     """Return the sizes of the messages of one task through a running loop."""
+    return _as_sizes(await record_messages(group))
+
+
+async def record_messages(group: ProcessGroup, namespace: str = "loom") -> Mapping[str, list[int]]:
+    """Carry one task, and return the bytes of its messages by their kind: phase, bucket, or family of the subject."""
     sizes: defaultdict[str, list[int]] = defaultdict(list)
 
     async def add(msg: Msg) -> None:
@@ -72,7 +77,7 @@ async def measured_sizes(group: ProcessGroup, namespace: str = "loom") -> Messag
         await connection.flush()
     finally:
         await connection.close()
-    return _as_sizes(sizes)
+    return sizes
 
 
 def _kind(subject: str, namespace: str) -> str:
@@ -86,18 +91,14 @@ def _kind(subject: str, namespace: str) -> str:
     return parsed.tokens["phase"] if parsed.family == "task" else parsed.family
 
 
-def _as_sizes(sizes: defaultdict[str, list[int]]) -> MessageSizes:
+def _as_sizes(sizes: Mapping[str, list[int]]) -> MessageSizes:
     """Return the last size of each kind; a kind that the loop does not publish keeps its usual size."""
-    fields = {
-        "submission": "intake",
-        "call": "auction",
-        "profile": "nodes",
-        **{name: name for name in ("match", "offer", "scale", "execute", "run", "delta", "evaluate", "reward")},
-        **{name: name for name in ("result", "lifecycle")},
-    }
-    measured = {field: sizes[kind][-1] for field, kind in fields.items() if sizes[kind]}
-    if len(records := sizes["records"]) >= 2:
+    renamed = {"intake": "submission", "auction": "call", "nodes": "profile"}
+    fields = set(MessageSizes.__struct_fields__)
+    names = {kind: renamed.get(kind, kind) for kind in sizes}
+    measured = {name: sizes[kind][-1] for kind, name in names.items() if name in fields}
+    if len(records := sizes.get("records", [])) > 1:
         measured |= {"record_created": records[0], "record_claimed": records[-2], "record_ended": records[-1]}
-    if events := sizes["event"]:
+    if events := sizes.get("event"):
         measured["run_ended"] = events[-1]
     return MessageSizes(**measured)
