@@ -75,6 +75,10 @@ class DomainEvidence(CheckedMessage, frozen=True, kw_only=True):
     mean: Unit = 0.0
     since: Timestamp = 0.0
     """Attempts that ended earlier are dropped: the window was full, or the node changed."""
+    losses: Count | None = None
+    """Number of scores below .5 in the window; absent in a profile of an earlier version."""
+    untested: Count = 0
+    """Rewards since the last change test."""
 
 
 MAX_DOMAINS = 24

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+TEST_EVERY = 8
+"""Rewards of a node in a domain per test: a test of every split costs more than all else that a reward causes."""
 MIN_SCORES = 8
 """Scores in the window below which no change is reported."""
 MIN_BEFORE = 4
