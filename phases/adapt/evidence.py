@@ -8,8 +8,7 @@ from operator import attrgetter
 
 from msgspec.structs import replace
 
-from loom.bus.stored_rewards import SKEW_S
-from loom.phases.adapt.change_detection import TEST_EVERY, change_point
+from loom.phases.adapt.change_detection import TEST_EVERY, change_point, recent_change_point
 from loom.phases.adapt.reward_weights import WEIGHTS, attempt_id, is_own, own_scores, scored, source_weight
 from loom.schemas.base import total, total_s
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
@@ -27,12 +26,12 @@ def forgets(policy: str) -> bool:
     return policy == FORGETTING
 
 
-def is_dated_ahead(profile: NodeProfile, at: float) -> bool:
-    """Return whether a profile has an attempt that ended more than `SKEW_S` seconds after server time `at`."""
+def newest_time(profile: NodeProfile) -> float:
+    """Return the latest server time in a profile: no attempt of it ended later."""
     times = [profile.updated_at]
     for evidence in profile.domains.values():
         times += [evidence.since, *(score.ended_at for score in evidence.scores)]
-    return max(times) > at + SKEW_S
+    return max(times)
 
 
 def apply_reward(
@@ -110,10 +109,12 @@ def own_scores_by_age(domains: Mapping[str, DomainEvidence]) -> list[Score]:
 def _with_entry(evidence: DomainEvidence, index: int | None, new: Score, *, forget: bool) -> DomainEvidence:
     """Return the window with `new` in the place `index`, or inserted by end of attempt; unchanged if it is too old.
 
-    The cost is one copy and one sum of the window. The counter of failures is kept, and the change test runs for every
-    eighth reward only. That reward is the same one in each replica and rebuild, because the window stores the counter.
+    The cost is one copy and two sums of the window. The counter of failures is kept, and the change test considers all
+    splits for every eighth reward only. That reward is the same one in each replica and rebuild, because the window
+    stores the counter.
     """
-    scores, losses = evidence.scores, losses_in(evidence) + _lost(new)
+    scores = evidence.scores
+    losses = losses_in(evidence) + _lost(new)
     if index is not None:
         losses -= _lost(scores[index])
         scores = (*scores[:index], new, *scores[index + 1 :])
@@ -125,15 +126,19 @@ def _with_entry(evidence: DomainEvidence, index: int | None, new: Score, *, forg
             losses -= _lost(scores[0])
             scores = scores[1:]
     since = scores[0].ended_at if len(scores) == WINDOW else evidence.since
-    untested = evidence.untested + 1 if forget else 0
-    if untested >= TEST_EVERY:
-        untested = 0
-        change = change_point([score.score for score in scores])
-        if change is not None:
-            since, scores = scores[change].ended_at, scores[change:]
-            losses = _checked(None, scores)
-    mean, losses = sum([score.score for score in scores]) / len(scores), _checked(losses, scores)
-    return DomainEvidence(scores=scores, count=len(scores), mean=mean, since=since, losses=losses, untested=untested)
+    untested, values = (evidence.untested + 1) % TEST_EVERY if forget else 0, [score.score for score in scores]
+    change = (recent_change_point(values) if untested else change_point(values)) if forget else None
+    if change is not None:
+        since, scores, values = scores[change].ended_at, scores[change:], values[change:]
+        losses = _checked(None, scores)
+    return DomainEvidence(
+        scores=scores,
+        count=len(scores),
+        mean=sum(values) / len(values),
+        since=since,
+        losses=_checked(losses, scores),
+        untested=untested,
+    )
 
 
 def _inserted(scores: tuple[Score, ...], new: Score) -> tuple[Score, ...]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from loom.phases.adapt import evidence as fold
-from loom.phases.adapt.change_detection import TEST_EVERY, change_point
+from loom.phases.adapt.change_detection import RECENT, TEST_EVERY, change_point, recent_change_point
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import attempt_id, own_scores, scored
 from loom.schemas.base import decode, encode
@@ -55,8 +55,9 @@ class ScanningFold:
             scores = sorted((*scores, new), key=lambda score: score.ended_at)[-WINDOW:]
         since = scores[0].ended_at if len(scores) == WINDOW else before.since
         self._rewards[token] = self._rewards.get(token, 0) + 1
-        if self._forget and self._rewards[token] % TEST_EVERY == 0:
-            change = change_point([score.score for score in scores])
+        if self._forget:
+            test = recent_change_point if self._rewards[token] % TEST_EVERY else change_point
+            change = test([score.score for score in scores])
             if change is not None:
                 since, scores = scores[change].ended_at, scores[change:]
         mean = sum(score.score for score in scores) / len(scores)
@@ -139,16 +140,38 @@ def test_the_change_test_runs_at_every_eighth_reward_of_a_domain(monkeypatch: py
     assert len(tested) == 4
 
 
+def test_the_test_of_recent_splits_reads_no_others() -> None:
+    random = Random(1)
+    for _ in range(200):
+        scores = [float(random.random() < 0.9) for _ in range(100)] + [0.0] * random.randrange(12)
+        change = recent_change_point(scores)
+        assert change is None or 3 <= len(scores) - change <= RECENT
+        assert change is None or change_point(scores) is not None
+
+
 @pytest.mark.parametrize("good", range(40, 48))
-def test_a_change_is_found_at_most_seven_rewards_later(good: int) -> None:
-    scores = [1.0] * good + [0.0] * 12
-    soonest = next(end for end in range(good, len(scores)) if change_point(scores[:end]) is not None)
-    profile, found = EMPTY, 0
+def test_an_abrupt_change_is_found_at_once(good: int) -> None:
+    assert rewards_until_found([1.0] * good + [0.0] * 12) == soonest([1.0] * good + [0.0] * 12)
+
+
+@pytest.mark.parametrize("good", range(40, 48))
+def test_a_slow_change_is_found_at_most_seven_rewards_later(good: int) -> None:
+    scores = [1.0] * good + [0.6] * 60
+    assert soonest(scores) <= rewards_until_found(scores) <= soonest(scores) + TEST_EVERY - 1
+
+
+def soonest(scores: list[float]) -> int:
+    """Return the number of scores after which a test of all splits for each reward finds a change."""
+    return next(end for end in range(1, len(scores)) if change_point(scores[:end]) is not None)
+
+
+def rewards_until_found(scores: list[float]) -> int:
+    profile = EMPTY
     for number, score in enumerate(scores, start=1):
         profile = apply_reward(profile, reward(f"t{number}", score, float(number)), number, forget=True)
-        if not found and profile.domains["code"].count < number:
-            found = number
-    assert soonest <= found <= soonest + TEST_EVERY - 1
+        if profile.domains["code"].count < number:
+            return number
+    raise AssertionError("no change was found")
 
 
 def test_a_window_without_counters_is_counted_once() -> None:

@@ -22,7 +22,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.calibration_writer import recalibrated
-from loom.phases.adapt.evidence import apply_reward, is_dated_ahead, summary
+from loom.phases.adapt.evidence import apply_reward, newest_time, summary
 from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited_rewards
 from loom.phases.evaluate import retry_policy as evaluate
 from loom.phases.evaluate import rewards
@@ -224,7 +224,7 @@ def learning(forger: Forger) -> None:
         if reward is not None:
             profile = apply_reward(profile, reward, seq, forget=True)
             calibration = recalibrated(calibration, reward, seq)
-    is_dated_ahead(profile, 1e9)
+    newest_time(profile)
     decode(encode(calibration), Calibration)
     for one in (profile, summary(profile)):
         decode(encode(one), NodeProfile)
