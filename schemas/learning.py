@@ -78,7 +78,7 @@ class DomainEvidence(CheckedMessage, frozen=True, kw_only=True):
     losses: Count | None = None
     """Number of scores below .5 in the window; absent in a profile of an earlier version."""
     untested: Count = 0
-    """Rewards since the last change test."""
+    """Rewards since the last one whose change test considered all splits."""
 
 
 MAX_DOMAINS = 24

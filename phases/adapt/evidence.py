@@ -126,7 +126,7 @@ def _with_entry(evidence: DomainEvidence, index: int | None, new: Score, *, forg
             losses -= _lost(scores[0])
             scores = scores[1:]
     since = scores[0].ended_at if len(scores) == WINDOW else evidence.since
-    untested, values = (evidence.untested + 1) % TEST_EVERY if forget else 0, [score.score for score in scores]
+    untested, values = (evidence.untested + 1) % TEST_EVERY, [score.score for score in scores]
     change = (recent_change_point(values) if untested else change_point(values)) if forget else None
     if change is not None:
         since, scores, values = scores[change].ended_at, scores[change:], values[change:]

@@ -1,5 +1,6 @@
 """The profiles of all nodes: changed by rewards, and written to the bucket `nodes` by compare-and-set."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -20,7 +21,7 @@ from loom.phases.adapt.summary_writer import SummaryWriter
 from loom.schemas.base import Undecodable
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT, split_qualified
-from loom.schemas.learning import PROFILE_KEYS, Lifecycle, NodeProfile, Reward
+from loom.schemas.learning import PROFILE_KEYS, Lifecycle, NodeProfile, ProfileSummary, Reward
 
 log = get_logger()
 
@@ -117,7 +118,7 @@ class ProfileWriter:
                     self._profiles[entry.key] = entry.value
                     newest[entry.key] = newest_time(entry.value)
                     if self._summaries.is_stale(entry.key, entry.value):
-                        self._mark_summary(entry.key)
+                        self._mark_summary(entry.key, after_s=0)
                 self._revisions |= reader.unreadable
                 unreadable = unreadable or bool(reader.unreadable)
         finally:
@@ -168,7 +169,7 @@ class ProfileWriter:
         """
         for key in list(self._unwritten):
             await self._write(key)
-        await self._summaries.write_stale()
+        await self._summaries.write_stale(time.monotonic(), self._unwritten)
         self._flushed_at = time.monotonic()
 
     async def _write(self, key: str) -> None:
@@ -187,7 +188,7 @@ class ProfileWriter:
                     continue
                 self._changes.pop(key, None)
                 self._standby_until = time.monotonic() + STANDBY_S
-                self._mark_summary(key)  # written here if the other replica does not write it
+                self._mark_summary(key)
                 return
             self._revisions[key] = revision
             self._drop_written(profile)
@@ -266,9 +267,11 @@ class ProfileWriter:
         """Write summaries again that another process has changed so that they do not agree with their profiles."""
         await self._summaries.follow(self._on_summary)
 
-    def _on_summary(self, key: str) -> None:
-        """Mark a changed summary, unless it belongs to a profile that is still to be written."""
-        if key in self._profiles and key not in self._unwritten:
+    async def _on_summary(self, key: str, summary: ProfileSummary | None) -> None:
+        """Mark a summary of another process for a check, unless it rests on rewards that were not read here yet."""
+        if key not in self._profiles or key in self._unwritten:
+            return
+        if summary is None or summary.last_seq <= self.read_seq or await self._exceeds_stream(key, summary.last_seq):
             self._mark_summary(key)
 
     async def _on_entry(self, entry: Entry[NodeProfile]) -> None:
@@ -279,8 +282,10 @@ class ProfileWriter:
             self._mark(entry.key)
         elif own_seq == entry.value.last_seq:
             self._keep(entry)
-        elif entry.value.last_seq > self.read_seq:
-            await self._mark_if_beyond(entry.key, entry.value)
+        elif entry.value.last_seq > max(own_seq, self.read_seq) and await self._exceeds_stream(
+            entry.key, entry.value.last_seq
+        ):
+            self._mark(entry.key)
 
     def _keep(self, entry: Entry[NodeProfile]) -> None:
         """Adopt a stored profile, unless it is the one that this replica has read or written last."""
@@ -289,16 +294,19 @@ class ProfileWriter:
         self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
         self._mark_summary(entry.key)
 
-    def _mark_summary(self, key: str) -> None:
-        self._summaries.stale.add(key)
-        self._on_change()
+    def _mark_summary(self, key: str, after_s: float | None = None) -> None:
+        """Mark a summary for a check after `after_s` seconds; by default, another replica has time to write it."""
+        after_s = STANDBY_S if after_s is None else after_s
+        self._summaries.stale[key] = time.monotonic() + after_s
+        asyncio.get_running_loop().call_later(after_s, self._on_change)
 
-    async def _mark_if_beyond(self, key: str, stored: NodeProfile) -> None:
+    async def _exceeds_stream(self, key: str, last_seq: int) -> bool:
+        """Return whether the stream has no such sequence; False as well if the server does not answer."""
         try:
-            if await self._is_beyond_stream(key, stored):
-                self._mark(key)
+            return last_seq > int((await stream_state(self._bus, "REWARDS"))["last_seq"])
         except LoomError as error:  # the next reward of the node repeats the check
             log.warning("profile_not_checked", node=key, reason=error.message)
+            return False
 
     def _mark(self, key: str) -> None:
         """Mark a profile for writing, to replace an invalid stored one."""

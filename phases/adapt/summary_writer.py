@@ -1,6 +1,8 @@
 """Writes the summary of each profile, which is all that MATCH reads of a node."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+
+from msgspec.structs import replace
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.server_errors import Conflict
@@ -61,7 +63,8 @@ def _domain_summary(evidence: DomainEvidence, before: DomainSummary | None, atte
 
 def agrees(summary: ProfileSummary, profile: NodeProfile) -> bool:
     """Return whether a summary is that of a profile, except for the attempts that it names."""
-    return summary_of(profile, summary) == summary
+    domains = {token: replace(domain, rewarded=()) for token, domain in summary.domains.items()}
+    return replace(summary, domains=domains) == summary_of(profile)
 
 
 class SummaryWriter:
@@ -80,8 +83,8 @@ class SummaryWriter:
         self._stored: dict[str, ProfileSummary] = {}
         """Key of the profile -> its summary as stored."""
         self._revisions: dict[str, int] = {}
-        self.stale: set[str] = set()
-        """Keys of profiles whose summaries have to be checked, and written if they do not agree."""
+        self.stale: dict[str, float] = {}
+        """Key of a profile -> monotonic time at which its summary is checked, and written if it does not agree."""
 
     async def load(self) -> None:
         """Load the stored summaries."""
@@ -119,51 +122,63 @@ class SummaryWriter:
                 self._revisions[key] = await self._bucket.update(summary.key, summary, self._revisions.get(key, 0))
             except Conflict:
                 stored = await self._read(key)
-                if stored is not None and stored.last_seq > profile.last_seq:
-                    return  # another replica has stored a newer profile, and its summary
+                if stored is not None and (stored.last_seq > profile.last_seq or agrees(stored, profile)):
+                    return  # another replica has stored the same profile or a newer one, and its summary
                 continue
             self._stored[key] = summary
             return
 
-    async def write_stale(self) -> None:
-        """Write the summaries that do not agree with their profiles.
+    async def write_stale(self, now: float, unwritten: Container[str]) -> None:
+        """Write those of the stale summaries that do not agree with their profiles.
+
+        Args:
+            now: Monotonic time; summaries that are to be checked later stay stale.
+            unwritten: Keys of profiles that are not stored yet; their summaries are written after them.
 
         Raises:
             BusUnavailable: The server has not answered.
         """
-        for key in list(self.stale):
+        for key in [key for key, check_at in self.stale.items() if check_at <= now]:
             profile = self._profiles.get(key)
-            if profile is not None and self.is_stale(key, profile):
+            if profile is not None and key not in unwritten and self.is_stale(key, profile):
                 await self.write(profile)
-            self.stale.discard(key)
+            self.stale.pop(key, None)
 
-    async def follow(self, on_stale: Callable[[str], None]) -> None:
-        """Follow the stored summaries, and call `on_stale` with the key of each one that another process has spoilt.
+    async def follow(self, on_change: Callable[[str, ProfileSummary | None], Awaitable[None]]) -> None:
+        """Follow the stored summaries.
 
         Args:
-            on_stale: Called with the key of the profile.
+            on_change: Called with the key of the profile for each summary that another process has stored, and with
+                the summary, or None for an unusable one.
         """
         reader = self._bucket.reader(SUMMARY_KEYS)
         await reader.start()
         try:
             while True:
-                for entry in await reader.batch():
-                    key = entry.key.rpartition(".")[0]
-                    if entry.revision <= self._revisions.get(key, 0):
-                        continue
-                    self._revisions[key] = entry.revision
-                    if entry.key == entry.value.key:
-                        self._stored[key] = entry.value
-                    else:
-                        self._stored.pop(key, None)
-                    on_stale(key)
-                for unreadable, revision in reader.unreadable.items():
-                    key = unreadable.rpartition(".")[0]
-                    self._revisions[key] = revision
-                    self._stored.pop(key, None)
-                    on_stale(key)
+                batch = await reader.batch()
+                usable = [(entry.key, entry.revision, entry.value) for entry in batch]
+                unusable = [(key, revision, None) for key, revision in reader.unreadable.items()]
+                for key, revision, summary in (*usable, *unusable):
+                    await self._on_entry(key.rpartition(".")[0], revision, summary, on_change)
         finally:
             await reader.stop()
+
+    async def _on_entry(
+        self,
+        key: str,
+        revision: int,
+        summary: ProfileSummary | None,
+        on_change: Callable[[str, ProfileSummary | None], Awaitable[None]],
+    ) -> None:
+        if revision <= self._revisions.get(key, 0):
+            return
+        self._revisions[key] = revision
+        if summary is None or summary.node_key != key:
+            self._stored.pop(key, None)
+            await on_change(key, None)
+        else:
+            self._stored[key] = summary
+            await on_change(key, summary)
 
     async def _read(self, key: str) -> ProfileSummary | None:
         """Return the stored summary of a profile, and keep its revision; None without a usable one."""

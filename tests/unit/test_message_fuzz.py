@@ -30,7 +30,7 @@ from loom.phases.execute.delegation import delegated_envelope, result_for_run
 from loom.phases.execute.run_messages import error_of, request_for, with_result
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.offers import OfferReader
-from loom.phases.match.partial_decoding import PartialProfile, decode_scores, to_profile
+from loom.phases.match.partial_decoding import to_profile
 from loom.phases.match.scoring import AuctionContext, Awarded, decide
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
@@ -52,7 +52,7 @@ from loom.schemas.dead_letter import DeadLetter
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Done, ErrorEvent, SubtaskEvent
-from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, Reward
+from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, ProfileSummary, Reward
 from loom.schemas.plan import SplitPlan, Subtask, parse_plan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
@@ -193,11 +193,8 @@ def auctions(forger: Forger) -> None:
     envelope, reader = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
     reads = [partial(reader.read, HostKey("local", f"h{number}")) for number in range(3)]
     offers = [offer for read in reads if (offer := forger.made(Offer, read)) is not None]
-    profile = forger.made(PartialProfile)
-    profiles = {}
-    if profile is not None:
-        scores_by_domain = {domain_token: decode_scores(evidence) for domain_token, evidence in profile.domains.items()}
-        profiles = {profile.node: to_profile(profile, scores_by_domain, None)}
+    summary = forger.made(ProfileSummary)
+    profiles = {} if summary is None else {summary.name: to_profile(summary, (), None)}
     if envelope is None or envelope.spec is None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
