@@ -4,12 +4,12 @@ import math
 import operator
 import threading
 from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import msgspec
 
+from loom.agents.run_context import current_run
 from loom.schemas.base import MAX_INT, total
 from loom.schemas.errors import AgentFailed, BudgetExceeded
 from loom.schemas.events import Done, TokenUsage
@@ -19,22 +19,6 @@ MAX_USD = 1e9
 
 _lock = threading.Lock()
 """Held while costs are added, because a sync agent may report from several threads."""
-
-
-class RunCosts(Protocol):
-    """The tokens of a run on a host."""
-
-    own_tokens: int
-    """Tokens that the agent itself has reported."""
-
-    @property
-    def delegated_tokens(self) -> int:
-        """Tokens of the tasks that the run has delegated."""
-        ...
-
-
-run_costs: ContextVar[RunCosts | None] = ContextVar("run_costs", default=None)
-"""The costs of the run that calls user code; None outside of a host."""
 
 
 class Spent(msgspec.Struct):
@@ -94,12 +78,12 @@ class Job(RunRequest, frozen=True, kw_only=True):
         """
         prompt, completion = split_tokens(tokens, prompt_tokens, completion_tokens)
         self.spent.add(prompt, completion, dollars("cost_usd", cost_usd))
-        others = 0
-        costs = run_costs.get()
-        if costs is not None:
-            costs.own_tokens = max(costs.own_tokens, self.spent.tokens)
-            others = costs.delegated_tokens
-        check_budget(self, self.spent.tokens + others)
+        delegated_tokens = 0
+        run_context = current_run()
+        if run_context is not None:
+            run_context.report_tokens(self.spent.tokens)
+            delegated_tokens = run_context.delegated_tokens
+        check_budget(self, self.spent.tokens + delegated_tokens)
 
 
 @dataclass(frozen=True)

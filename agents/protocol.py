@@ -7,6 +7,8 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
+from loom.agents.run_context import RunContext
+from loom.agents.signatures import accepts_run_context
 from loom.agents.user_code import ClosingIterator, contain, ends_task, error_fields, type_name
 from loom.agents.values import to_text
 from loom.agents.yielded_values import EVENTS, deltas, events_of
@@ -67,11 +69,18 @@ class Output:
             raise AgentFailed(f"endless output: more than {limit}")
 
 
-async def collect(agent: StreamingAgent, request: RunRequest, on_progress: OnProgress | None = None) -> RunResult:
+async def collect(
+    agent: StreamingAgent,
+    request: RunRequest,
+    on_progress: OnProgress | None = None,
+    *,
+    run_context: RunContext | None = None,
+) -> RunResult:
     """Run a request to its end and return the result, including the costs that the agent has reported.
 
     Args:
         on_progress: Called with each progress event.
+        run_context: Context of the run on a host, for agents whose `stream` has a parameter of this name.
 
     Raises:
         LoomError: The agent failed: it raised, yielded an ErrorEvent, or gave an empty, endless or invalid answer.
@@ -81,7 +90,7 @@ async def collect(agent: StreamingAgent, request: RunRequest, on_progress: OnPro
     """
     job = Job.of(request)
     try:
-        return await _collect(agent, job, on_progress)
+        return await _collect(agent, job, on_progress, run_context)
     except LoomError as error:
         _add_reported_costs(error, job.spent)
         raise
@@ -93,11 +102,14 @@ async def collect(agent: StreamingAgent, request: RunRequest, on_progress: OnPro
         raise failure from error
 
 
-async def _collect(agent: StreamingAgent, job: Job, on_progress: OnProgress | None) -> RunResult:
+async def _collect(
+    agent: StreamingAgent, job: Job, on_progress: OnProgress | None, run_context: RunContext | None
+) -> RunResult:
     collector = _Collector(job)
     deadline = Deadline(job.remaining_s)
     with contain():
-        source = agent.stream(job)
+        arguments = {"run_context": run_context} if run_context is not None and accepts_run_context(agent) else {}
+        source = agent.stream(job, **arguments)
         if not hasattr(source, "__aiter__"):
             raise AgentFailed(f"stream returned a {type(source).__name__}: make it an async generator")
     async with ClosingIterator(source) as items, deadline.enforced():

@@ -3,7 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from loom.agents.job import Job
@@ -112,6 +112,21 @@ def check_stream(agent: Any) -> None:
         raise LoomError(f"stream of a {kind} must take one argument, the job: make it {STREAM}") from None
     except ValueError:
         return  # native code may hide its parameters
+
+
+def accepts_run_context(agent: Any) -> bool:
+    """Return whether an agent's `stream` has a parameter `run_context`."""
+    stream = agent.stream
+    try:
+        return "run_context" in _parameter_names(getattr(stream, "__func__", stream))
+    except (TypeError, ValueError):
+        return False  # native code may hide its parameters
+
+
+@lru_cache(maxsize=64)
+def _parameter_names(fn: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of the parameters of `fn`; cached, because every run needs them."""
+    return frozenset(inspect.signature(fn).parameters)
 
 
 def _signature(fn: Callable[..., Any], name: str) -> inspect.Signature:

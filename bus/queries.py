@@ -16,7 +16,7 @@ from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import InvalidTask, UnknownTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import envelope_in
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission

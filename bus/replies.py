@@ -47,7 +47,7 @@ def allowed_reply(bus: Bus, reply: str, *, plain: bool, subject: str) -> str:
     return ""
 
 
-async def answer(bus: Bus, reply: str, message: Any) -> None:
+async def send_reply(bus: Bus, reply: str, message: Any) -> None:
     """Publish `message` to `reply`, at most once.
 
     Args:
@@ -57,11 +57,11 @@ async def answer(bus: Bus, reply: str, message: Any) -> None:
         await bus.connection.publish(reply, message)
 
 
-async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
+async def send_error(bus: Bus, reply: str, error: LoomError) -> None:
     """Publish an error reply, with code and message in the headers and in the body.
 
     Args:
-        reply: As for `answer`.
+        reply: As for `send_reply`.
     """
     if not reply:
         return
@@ -79,7 +79,7 @@ def error_headers(code: str, message: str) -> dict[str, str]:
     return {"Nats-Service-Error": sentence, "Nats-Service-Error-Code": code}
 
 
-async def answer_task(bus: Bus, reply: str, record: TaskRecord) -> None:
+async def send_result(bus: Bus, reply: str, record: TaskRecord) -> None:
     """Reply to a submit request with the result of its task; the error of a failed task is in the headers, too.
 
     Args:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.identity import split_qualified
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.tokens import domain_token
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.subjects import Subjects
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 
 SKEW_S = 5.0
 """Seconds by which the clock of a reward source may be ahead of the server's."""

@@ -20,7 +20,8 @@ from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireReq
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.envelope import Envelope
 from loom.schemas.events import SubtaskEvent
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import Delta, RunEvent, RunRequest, Stop
 from loom.schemas.task import Submission, TaskAd, TaskResult

@@ -23,7 +23,7 @@ log = get_logger()
 
 POLL_S = 5.0
 """Seconds between two status requests while a result is awaited, because its message may be lost."""
-MAX_UNANSWERED = 3
+MAX_FAILED_POLLS = 3
 """Status requests in a row without a reply after which waiting fails; phases may be restarting."""
 REPLY_S = 3.0
 """Seconds to wait for a reply of SENSE."""
@@ -110,7 +110,7 @@ class TaskHandle:
         if result.done():
             return result.result()
         self._owner.check()
-        unanswered = 0
+        failed_polls = 0
         async with asyncio.timeout(timeout_s):
             wait_s = POLL_S if self._updates.subscribed else 0.0  # the result may have been published before
             await self._updates.subscribe()
@@ -122,11 +122,11 @@ class TaskHandle:
                 try:
                     await self._poll()
                 except BusUnavailable:
-                    unanswered += 1
-                    if unanswered == MAX_UNANSWERED:
+                    failed_polls += 1
+                    if failed_polls == MAX_FAILED_POLLS:
                         raise
                 else:
-                    unanswered = 0
+                    failed_polls = 0
         return result.result()
 
     async def content(self, timeout_s: float | None = None) -> str:

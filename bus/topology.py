@@ -310,11 +310,11 @@ async def _compare(bus: Bus, design: dict[str, Any]) -> list[str]:
 async def _forbid_rollup(bus: Bus, stored: dict[str, Any]) -> dict[str, Any]:
     """Forbid rollup headers for a stream, and return its configuration, which is unchanged if the server refuses."""
     try:
-        answer = await bus.jetstream.api(f"STREAM.UPDATE.{stored['name']}", {**stored, _ROLLUP: False})
+        response = await bus.jetstream.api(f"STREAM.UPDATE.{stored['name']}", {**stored, _ROLLUP: False})
     except Refused as refusal:
         log.warning("rollup_still_allowed", stream=stored["name"], reason=refusal.message)
         return stored
-    config: dict[str, Any] = answer["config"]
+    config: dict[str, Any] = response["config"]
     log.info("rollup_forbidden", stream=stored["name"])
     return config
 

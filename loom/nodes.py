@@ -7,7 +7,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from loom.schemas import auction
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.tokens import domain_token
 
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]

@@ -33,7 +33,7 @@ from loom.runner.session import Inheritance, Session
 from loom.runner.settings import from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
-from loom.schemas.learning import judgement
+from loom.schemas.learning.judgement import judgement
 from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.self_ratings import AnyCapabilities, domains_of, profile_of

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 from loom.bus.bus import Bus
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
@@ -13,7 +12,7 @@ from loom.phases.adapt.retirement_policy import newest_own
 from loom.phases.shared.node_health import Standing, standing
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import qualified
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.tokens import domain_token
 
@@ -21,10 +20,6 @@ CALL_S = 1.2
 """Seconds for hosts to announce themselves; a host that has just announced itself four times waits up to 1.1 s."""
 RECENT_TASKS = 200
 """Newest tasks in whose auctions self-ratings and the wording of domains are looked for."""
-NEWEST = 10
-"""Scores the trend is made of."""
-Z, PRIOR = 1.96, 4
-"""Of 95 %, and the trials, half of them won, by which an interval of few trials is widened."""
 
 
 @dataclass(frozen=True)
@@ -46,42 +41,6 @@ class DomainOverview:
     self_rating: float | None
     """0 to 1, as last given in an auction; None: in no recent one."""
     evidence: DomainEvidence
-
-    @property
-    def mean(self) -> float | None:
-        """Mean reward, 0 to 1; None without any."""
-        return self.evidence.mean if self.evidence.count else None
-
-    @property
-    def count(self) -> int:
-        """Rewards behind the mean, at most a window's."""
-        return self.evidence.count
-
-    @property
-    def uncertainty(self) -> float | None:
-        """Half the width of the 95 % interval of the mean, as of outcomes won or lost; None without any.
-
-        Two wins and two losses are added (Agresti and Coull 1998), so that few equal outcomes do not look certain.
-        """
-        if not self.evidence.count:
-            return None
-        trials = self.evidence.count + PRIOR
-        mean = (self.evidence.mean * self.evidence.count + PRIOR / 2) / trials
-        return Z * sqrt(mean * (1 - mean) / trials)
-
-    @property
-    def trend(self) -> float | None:
-        """How much the mean of the newest ten scores is above that of the window; None without any."""
-        newest = [score.score for score in self.evidence.scores[-NEWEST:]]
-        return sum(newest) / len(newest) - self.evidence.mean if newest else None
-
-    @property
-    def changed_at(self) -> float | None:
-        """When the node was found to have changed, server time: what it did before is forgotten.
-
-        None once a window has filled up since.
-        """
-        return self.evidence.since if self.evidence.since and self.evidence.count < WINDOW else None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from loom.phases.match import Match
 from loom.phases.scale import Scale
 from loom.phases.sense import Sense
 from loom.runner.retried_start import until_started
+from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.errors import LoomError
@@ -48,20 +49,27 @@ class PhaseService(Protocol):
 
 
 def build(
-    phase: Phase, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None, *, hosts_here: bool = False
+    phase: Phase,
+    bus: Bus,
+    config: ClusterConfig,
+    llm: LLMProvider | None = None,
+    *,
+    hosts_here: bool = False,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> PhaseService:
     """Return one phase's service, not yet started.
 
     Args:
         hosts_here: Whether all node hosts are in this process and start later: MATCH does not wait for others.
+        timings: Waits and intervals of the services.
     """
     builders: dict[Phase, Callable[[], PhaseService]] = {
-        "sense": lambda: Sense(bus, config, llm),
-        "match": lambda: Match(bus, config, hosts_here=hosts_here),
-        "scale": lambda: Scale(bus, config, llm),
-        "execute": lambda: Execute(bus, config),
-        "evaluate": lambda: Evaluate(bus, config, llm),
-        "adapt": lambda: Adapt(bus, config),
+        "sense": lambda: Sense(bus, config, llm, timings=timings.sense),
+        "match": lambda: Match(bus, config, hosts_here=hosts_here, timings=timings.match),
+        "scale": lambda: Scale(bus, config, llm, timings=timings.scale),
+        "execute": lambda: Execute(bus, config, timings=timings.execute),
+        "evaluate": lambda: Evaluate(bus, config, llm, timings=timings.evaluate),
+        "adapt": lambda: Adapt(bus, config, timings=timings.adapt),
     }
     return builders[phase]()
 
@@ -74,6 +82,7 @@ class PhaseGroup:
             streams and creates the consumers of its own phases. Streams that get lost later are created in both cases.
         hosts_here: Whether all node hosts are in this process and start after the phases. Otherwise MATCH asks the
             hosts to announce themselves and takes its first task half a second later.
+        timings: Waits and intervals of the services.
     """
 
     def __init__(
@@ -85,10 +94,12 @@ class PhaseGroup:
         *,
         init: bool = True,
         hosts_here: bool = False,
+        timings: ServiceTimings = ServiceTimings(),
     ) -> None:
         self._bus = bus
         self._init = init
         self._hosts_here = hosts_here
+        self._timings = timings
         self._config = config or ClusterConfig()
         self._llm = GuardedProvider(llm) if llm is not None else None
         self._names = tuple(names)
@@ -117,7 +128,9 @@ class PhaseGroup:
             await self._lay_out()
             self._bus.jetstream.missing.clear()  # just created
             for name in self._names:
-                service = build(name, self._bus, self._config, self._llm, hosts_here=self._hosts_here)
+                service = build(
+                    name, self._bus, self._config, self._llm, hosts_here=self._hosts_here, timings=self._timings
+                )
                 self._started.append(service)
                 self._presence.health[name] = service.health
                 await service.start()
@@ -161,9 +174,10 @@ async def phases_on(
     patience_s: float = 0.0,
     init: bool = True,
     hosts_here: bool = False,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> AsyncIterator[None]:
     """Run phases on a connection while the body runs; the arguments are those of PhaseGroup and its `start`."""
-    group = PhaseGroup(bus, names, config, llm, init=init, hosts_here=hosts_here)
+    group = PhaseGroup(bus, names, config, llm, init=init, hosts_here=hosts_here, timings=timings)
     try:
         await group.start(patience_s=patience_s)
         yield
@@ -179,17 +193,19 @@ def build_host(
     backlog: int = BACKLOG,
     max_nodes: int | None = None,
     skills: Skills | None = None,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> NodeHost:
     """Return a node host, not yet started.
 
     Args:
         max_nodes: Most nodes the host may grow to by clones or skills; None: it starts none.
         skills: As of NodeAutoscaler.
+        timings: Intervals and limits of the services.
     """
     if max_nodes is None:
-        return NodeHost(bus, nodes, slots=slots, backlog=backlog)
+        return NodeHost(bus, nodes, slots=slots, backlog=backlog, timings=timings.host)
     autoscaler = NodeAutoscaler(bus, nodes, max_nodes=max_nodes, skills=skills)
-    return NodeHost(bus, autoscaler.nodes, slots=slots, backlog=backlog, spawner=autoscaler)
+    return NodeHost(bus, autoscaler.nodes, slots=slots, backlog=backlog, spawner=autoscaler, timings=timings.host)
 
 
 class HostGroup(NamedTuple):
@@ -220,12 +236,13 @@ async def running_phases(
     identity: Identity = LOCAL,
     patience_s: float = 2.0,
     init: bool = True,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> AsyncIterator[Bus]:
-    """Run phases on a connection of their own while the body runs; `init` is that of PhaseGroup."""
+    """Run phases on a connection of their own while the body runs; `init` and `timings` are those of PhaseGroup."""
     role = names[0] if len(names) == 1 else "phases"
     async with (
         Bus(url, namespace=namespace, role=role, identity=identity, patience_s=patience_s) as bus,
-        phases_on(bus, names, config, llm, patience_s=patience_s, init=init),
+        phases_on(bus, names, config, llm, patience_s=patience_s, init=init, timings=timings),
     ):
         yield bus
 
@@ -242,18 +259,20 @@ async def running_nodes(
     drain_timeout_s: float = 10.0,
     identity: Identity = LOCAL,
     patience_s: float = 2.0,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> AsyncIterator[NodeHost]:
     """Host nodes on a connection of their own while the body runs.
 
     Args:
         max_nodes: Most nodes the host may grow to by clones of these; absent: it starts none.
+        timings: Intervals and limits of the services.
     """
     async with Bus(url, namespace=namespace, role="node", identity=identity, patience_s=patience_s) as bus:
         topology.check_version(bus)
         await check_processes(bus)
 
         async def start() -> HostGroup:
-            host = build_host(bus, nodes, slots=slots, backlog=backlog, max_nodes=max_nodes)
+            host = build_host(bus, nodes, slots=slots, backlog=backlog, max_nodes=max_nodes, timings=timings)
             group = HostGroup(host, ServiceEndpoint(bus, ["node"], host.host_id))
             try:
                 await group.start()

@@ -32,7 +32,7 @@ from loom.schemas.base import Undecodable, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, UnknownTask
 from loom.schemas.identity import node_key, split_qualified
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.llm import AnyProvider
 
 STREAMS_S = 10.0
@@ -332,7 +332,7 @@ async def check_phases(bus: Bus) -> None:
         except UnknownTask:
             return
         except BusUnavailable as error:
-            no_answer = isinstance(error.__cause__, TimeoutError | NoResponders)
-            if no_answer or time.monotonic() >= give_up:
+            no_reply = isinstance(error.__cause__, TimeoutError | NoResponders)
+            if no_reply or time.monotonic() >= give_up:
                 raise
         await asyncio.sleep(ASK_AGAIN_S)

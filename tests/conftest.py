@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.command import FOREIGN
 from support.process_state import process_state_restored
+from support.services import running_phases
 
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer, find_server
-from loom.runner.services import running_phases
 from loom.schemas.errors import BusUnavailable
 
 RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there

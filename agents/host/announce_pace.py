@@ -5,11 +5,10 @@ import random
 import time
 from collections.abc import Callable
 
-RANDOM_DELAY_S = 0.1
-"""Longest random delay of an announcement on request, so that many hosts do not announce at the same moment."""
-EVERY_S = 1.0
+from loom.agents.host.timings import HostTimings
+
 BURST = 4
-"""Announcements without delay after a quiet period; then one per EVERY_S."""
+"""Announcements on request without delay after a quiet period; then they keep the average interval."""
 
 
 class AnnouncePace:
@@ -17,11 +16,18 @@ class AnnouncePace:
 
     Args:
         announce: Starts an announcement.
+        timings: Times of the host.
         clock: Returns monotonic seconds.
     """
 
-    def __init__(self, announce: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        announce: Callable[[], object],
+        timings: HostTimings = HostTimings(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._announce = announce
+        self._interval_s, self._max_delay_s = timings.requested_announce_s, timings.max_announce_delay_s
         self._clock = clock
         self._next_at = 0.0
         """Time of the next announcement at the average rate."""
@@ -36,9 +42,9 @@ class AnnouncePace:
         if self._timer is not None:
             return
         now = self._clock()
-        start_at = max(now, self._next_at - (BURST - 1) * EVERY_S)
-        self._next_at = max(self._next_at, now) + EVERY_S
-        delay_s = random.uniform(0.0, RANDOM_DELAY_S) if at_random else 0.0  # noqa: S311 - not a secret
+        start_at = max(now, self._next_at - (BURST - 1) * self._interval_s)
+        self._next_at = max(self._next_at, now) + self._interval_s
+        delay_s = random.uniform(0.0, self._max_delay_s) if at_random else 0.0  # noqa: S311 - not a secret
         self._timer = asyncio.get_running_loop().call_later(start_at - now + delay_s, self._announce_now)
 
     def stop(self) -> None:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from loom.agents.host.slots import Node
 from loom.schemas.auction import Bid, ChildState
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.tokens import domain_token
 
 SELF_RATING = 0.5

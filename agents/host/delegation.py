@@ -2,13 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from contextvars import ContextVar
-from types import TracebackType
-from typing import Any, Optional, Self
+from typing import Any
 
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
-from loom.agents.job import run_costs
+from loom.agents.run_context import RunContext, current_run
 from loom.agents.tools import tool
 from loom.schemas.checks.ad import check_ad
 from loom.schemas.errors import BudgetExceeded, LoomError, SubtaskFailed
@@ -16,8 +14,6 @@ from loom.schemas.run import MAX_OPEN_DELEGATIONS, delegated_id
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 MAX_TIMEOUT_S = 86_400.0
-
-_current: ContextVar[Optional["Delegator"]] = ContextVar("delegator", default=None)
 
 
 @tool(timeout_s=MAX_TIMEOUT_S)
@@ -31,14 +27,14 @@ async def delegate(
     tokens the agent may use; by default half of the tokens you have left, if you have a limit. Several tasks may be
     delegated at once.
     """
-    delegator = Delegator.current()
-    if delegator is None:
+    run_context = current_run()
+    if run_context is None:
         raise LoomError("only a run on a node host can delegate")
-    return await delegator.delegate(task, domain, token_budget, context or {})
+    return await run_context.delegate(task, domain, token_budget, context or {})
 
 
-class Delegator:
-    """Delegates tasks of one run; the `delegate` tool uses it while the body of its `with` runs.
+class Delegator(RunContext):
+    """Delegates tasks of one run, and limits their tokens to those the run has left.
 
     Args:
         start_queued: Called when a slot of the run's queue may have become free.
@@ -46,7 +42,7 @@ class Delegator:
 
     def __init__(self, run: Run, queue: RunQueue, start_queued: Callable[[], None]) -> None:
         self.run = run
-        self.own_tokens = 0
+        self._own_tokens = 0
         """Tokens that the agent itself has reported so far."""
         self._queue = queue
         self._start_queued = start_queued
@@ -56,40 +52,17 @@ class Delegator:
         self._open = 0
         self._limit = asyncio.Semaphore(MAX_OPEN_DELEGATIONS)
 
-    def __enter__(self) -> Self:
-        self._context_tokens = _current.set(self), run_costs.set(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _current.reset(self._context_tokens[0])
-        run_costs.reset(self._context_tokens[1])
-
     @property
     def delegated_tokens(self) -> int:
         """Tokens that delegated tasks have used so far."""
         return self.run.delegated_usage.tokens
 
-    @staticmethod
-    def current() -> "Delegator | None":
-        """Return the delegator of the calling run, or None outside of runs."""
-        return _current.get()
+    def report_tokens(self, tokens: int) -> None:
+        """Report the number of tokens that the agent itself has used so far."""
+        self._own_tokens = max(self._own_tokens, tokens)
 
     async def delegate(self, task: str, domain: str, token_budget: int | None, context: dict[str, Any]) -> str:
-        """Delegate a task and return its answer.
-
-        Args:
-            task: Description of the task.
-            domain: Domain of the task; empty: it is derived from the description.
-            token_budget: Token limit of the task; None: half of the tokens that are left, if the run has a limit.
-            context: JSON values for the task.
-
-        Raises:
-            SubtaskFailed: The task ended without a result; the message has the reason.
-            BudgetExceeded: No tokens are left to grant.
-            InvalidTask: The task is not valid; `field` names the field.
-        """
+        """Delegate a task and return its answer; the run holds no slot while it waits."""
         self._calls += 1
         call = self._calls
         task_id = delegated_id(self.run.request.task_id, self.run.request.attempt, call)
@@ -135,7 +108,7 @@ class Delegator:
         budget = self.run.request.token_budget
         if budget is None:
             return requested
-        left = budget - self.own_tokens - self.delegated_tokens - self._granted
+        left = budget - self._own_tokens - self.delegated_tokens - self._granted
         if left < 1:
             raise BudgetExceeded(f"none of the task's {budget} tokens are left to delegate with")
         return min(left, requested) if requested is not None else (left + 1) // 2

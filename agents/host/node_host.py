@@ -20,6 +20,7 @@ from loom.agents.host.run_executor import RunExecutor
 from loom.agents.host.run_table import RunTable
 from loom.agents.host.runs import Run, publish_events, stale_reason
 from loom.agents.host.slots import Node, NodeIndex, RunQueues
+from loom.agents.host.timings import HostTimings
 from loom.agents.host.watchdog import Watchdog
 from loom.agents.user_code import error_fields
 from loom.bus.bus import Bus
@@ -29,13 +30,11 @@ from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode, new_id
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.schemas.run import RunEvent, RunRequest, Stop
 
 log = get_logger()
 
-ANNOUNCE_S = 3.0
-HEARTBEAT_S = 2.0
 SLOTS = 4
 BACKLOG = 16
 DRAIN_ANNOUNCEMENTS = 3
@@ -68,6 +67,7 @@ class NodeHost:
         slots: Runs that each node works on at once. Runs share no conversation.
         backlog: Runs that each node queues in addition.
         spawner: Started and stopped with the host; None: nodes are not started on request.
+        timings: Intervals and limits.
     """
 
     def __init__(
@@ -78,9 +78,11 @@ class NodeHost:
         slots: int = SLOTS,
         backlog: int = BACKLOG,
         spawner: Spawner | None = None,
+        timings: HostTimings = HostTimings(),
     ) -> None:
         self.host_id = new_id()[:12]
         self.bus = bus
+        self._timings = timings
         self._spawner = spawner
         self._partition = NodePartition(nodes)
         self._nodes = self._partition.own
@@ -90,8 +92,17 @@ class NodeHost:
         self._queues = RunQueues(slots, backlog)
         self._runs = RunTable()
         self._bidder = Bidder(self._nodes, self._queues, bus.identity.owner)
-        self._pace = AnnouncePace(lambda: bus.tasks.spawn(log_failures(self._announce), name="announce on request"))
-        self._executor = RunExecutor(bus, self._find_node, self._queues, self._runs, self._announce_free_place)
+        self._pace = AnnouncePace(
+            lambda: bus.tasks.spawn(log_failures(self._announce), name="announce on request"), timings
+        )
+        self._executor = RunExecutor(
+            bus,
+            self._find_node,
+            self._queues,
+            self._runs,
+            self._announce_free_place,
+            cancel_grace_s=timings.cancel_grace_s,
+        )
         self._announcer = Announcer(bus, self.host_id, self._working_nodes, self._announcement)
         self._watchdog: Watchdog | None = None
         self._draining = False
@@ -114,14 +125,13 @@ class NodeHost:
             self._subscriptions.append(await self.bus.connection.subscribe_sync(subject, handler))
         await self.announce()
         await self.bus.requests.flush()
-        self._watchdog = Watchdog(
-            self.bus, self._runs.active, self._announcer, heartbeat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S
-        )
+        timings = self._timings
+        self._watchdog = Watchdog(self.bus, self._runs.active, self._announcer, timings)
         self._watchdog.start()
         self._tickers = [
-            self.bus.tasks.spawn(repeat_every(ANNOUNCE_S, self._announce), name="announce", essential=True),
+            self.bus.tasks.spawn(repeat_every(timings.announce_s, self._announce), name="announce", essential=True),
             self.bus.tasks.spawn(
-                repeat_every(HEARTBEAT_S, self._executor.heartbeat), name="heartbeats", essential=True
+                repeat_every(timings.heartbeat_s, self._executor.heartbeat), name="heartbeats", essential=True
             ),
         ]
         if self._spawner is not None:
@@ -165,7 +175,8 @@ class NodeHost:
             working = [run.work for run in self._runs.active() if run.work is not None]
             if not working:
                 return
-            await asyncio.wait(working, timeout=min(left_s, HEARTBEAT_S), return_when=asyncio.FIRST_COMPLETED)
+            wait_s = min(left_s, self._timings.heartbeat_s)
+            await asyncio.wait(working, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
 
     def abort(self) -> None:
         """Stop from synchronous code; runs that do not end within a second of their cancel are abandoned."""
@@ -219,7 +230,11 @@ class NodeHost:
         """Announce this host, and start a further one if it cannot hold all nodes."""
         if self.further is None and self._partition.rest() and not self._draining:
             self.further = NodeHost(
-                self.bus, self._partition.rest, slots=self._queues.slots, backlog=self._queues.backlog
+                self.bus,
+                self._partition.rest,
+                slots=self._queues.slots,
+                backlog=self._queues.backlog,
+                timings=self._timings,
             )
             await self.further.start()
         for node_id in await self._announcer.publish():

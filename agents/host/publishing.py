@@ -7,7 +7,7 @@ from loom.agents.user_code import ends_task, error_fields
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
-from loom.schemas.learning import Lifecycle, LifecycleKind
+from loom.schemas.learning.lifecycle import Lifecycle, LifecycleKind
 
 log = get_logger()
 

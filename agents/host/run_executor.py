@@ -18,6 +18,7 @@ from loom.agents.host.run_table import RunTable
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import Node, RunQueue, RunQueues
 from loom.agents.protocol import collect, failed, raised
+from loom.agents.run_context import entered
 from loom.agents.user_code import ends_task
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
@@ -29,8 +30,6 @@ log = get_logger()
 
 CLEAN_UP_S = 1.0
 """Seconds that cancelled runs have to end when their host stops; then they are abandoned."""
-GIVE_UP_S = 30.0
-"""Seconds after which a run that ignores its cancel loses its slot."""
 
 
 class RunExecutor:
@@ -41,6 +40,7 @@ class RunExecutor:
         queues: The run queues of the nodes.
         table: The runs of the host.
         on_place_free: Called when a node that refused a run accepts runs again.
+        cancel_grace_s: Seconds after which a run that ignores its cancel loses its slot.
     """
 
     def __init__(
@@ -50,12 +50,15 @@ class RunExecutor:
         queues: RunQueues,
         table: RunTable,
         on_place_free: Callable[[], None],
+        *,
+        cancel_grace_s: float,
     ) -> None:
         self._bus = bus
         self._find_node = find_node
         self._queues = queues
         self._table = table
         self._on_place_free = on_place_free
+        self._cancel_grace_s = cancel_grace_s
         self._refused: set[str] = set()
         """Nodes that have refused a run since they last had a free place."""
         self._context = copy_context()
@@ -130,8 +133,9 @@ class RunExecutor:
         try:
             async with self._agents.started(self._find_node(node_id)) as agent:
                 job = replace(job, remaining_s=run.left_s)
-                with Delegator(run, queue, partial(self.start_queued, node_id)) as delegator:
-                    result = await collect(agent, job, run.emit_progress)
+                delegator = Delegator(run, queue, partial(self.start_queued, node_id))
+                with entered(delegator):
+                    result = await collect(agent, job, run.emit_progress, run_context=delegator)
             queue.record_usage(result)
             return delegator.overspent(result), result
         except LoomError as error:
@@ -176,7 +180,7 @@ class RunExecutor:
                 run.emit("heartbeat")
             else:
                 self.stop([run], run_table.LATE)
-        give_up_before = time.monotonic() - GIVE_UP_S
+        give_up_before = time.monotonic() - self._cancel_grace_s
         for run in [run for run, at in self._table.cancelled.items() if at <= give_up_before]:
             self._give_up(run)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from loom.agents.host.runs import Run
 from loom.schemas.auction import Bid
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.task import PRIORITIES, Priority, RunResult
 
 SMOOTHING = 0.3

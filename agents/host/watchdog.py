@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from loom.agents.host.announcer import Announcer
 from loom.agents.host.runs import Run
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
@@ -22,10 +23,6 @@ from loom.schemas.task import TaskError
 
 log = get_logger()
 
-CHECK_S = 0.5
-BLOCKED_S = 1.0
-"""Seconds without a turn after which the event loop counts as blocked."""
-WARN_S = 5.0
 WARN_AGAIN_S = 60.0
 CONNECT_S = 2.0
 GIVE_BACK_S = 1.0
@@ -42,8 +39,7 @@ class Watchdog:
         bus: The host's connection. The thread opens another one to the same server when it needs it.
         active_runs: Returns the active runs; called from the thread.
         announcer: Repeats the host's last announcement; called from the thread.
-        heartbeat_s: Seconds between heartbeats.
-        announce_s: Seconds between announcements.
+        timings: Times of the host.
     """
 
     def __init__(
@@ -51,14 +47,12 @@ class Watchdog:
         bus: Bus,
         active_runs: Callable[[], list[Run]],
         announcer: Announcer,
-        *,
-        heartbeat_s: float,
-        announce_s: float,
+        timings: HostTimings,
     ) -> None:
         self._bus = bus
         self._active_runs = active_runs
         self._announcer = announcer
-        self._heartbeat_s, self._announce_s = heartbeat_s, announce_s
+        self._timings = timings
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._turn_at = time.monotonic()
@@ -80,18 +74,18 @@ class Watchdog:
 
     def _turn(self) -> None:
         self._turn_at = time.monotonic()
-        self._timer = self._loop.call_later(CHECK_S, self._turn)
+        self._timer = self._loop.call_later(self._timings.watchdog_check_s, self._turn)
 
     # -- in the thread
 
     def _watch(self) -> None:
-        checked_at = time.monotonic()
-        while not self._stopped.wait(CHECK_S):
+        checked_at, check_s = time.monotonic(), self._timings.watchdog_check_s
+        while not self._stopped.wait(check_s):
             now = time.monotonic()
-            stalled_s, checked_at = now - checked_at - CHECK_S, now
-            if stalled_s > WARN_S:
+            stalled_s, checked_at = now - checked_at - check_s, now
+            if stalled_s > self._timings.blocked_warning_s:
                 log.warning("process_stalled", seconds=round(stalled_s, 1), **self._suspect_fields())
-            elif now - self._turn_at > BLOCKED_S and not self._loop.is_closed():
+            elif now - self._turn_at > self._timings.blocked_s and not self._loop.is_closed():
                 try:
                     asyncio.run(self._publish_while_blocked(self._turn_at))
                     self._warn_at = 0.0
@@ -109,15 +103,15 @@ class Watchdog:
                 now = time.monotonic()
                 bus = bus or await self._connect(stack)
                 if bus is not None and now >= heartbeat_at:
-                    heartbeat_at = now + self._heartbeat_s
+                    heartbeat_at = now + self._timings.heartbeat_s
                     self._publish_heartbeats(bus)
                 if bus is not None and now >= announce_at:
-                    announce_at = now + self._announce_s
+                    announce_at = now + self._timings.announce_s
                     self._announce(bus)
-                if now - since >= WARN_S and now >= self._warn_at:
+                if now - since >= self._timings.blocked_warning_s and now >= self._warn_at:
                     self._warn_at = now + WARN_AGAIN_S  # set first: a failing log is not retried at once
                     self._warn(now - since)
-                await asyncio.sleep(min(CHECK_S, self._heartbeat_s))
+                await asyncio.sleep(min(self._timings.watchdog_check_s, self._timings.heartbeat_s))
 
     async def _connect(self, stack: AsyncExitStack) -> Bus | None:
         """Open a connection of the thread, or return None if the server does not answer."""

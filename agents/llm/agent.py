@@ -8,6 +8,7 @@ from loom.agents.event_bus import EventBus
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.conversation import Conversation
 from loom.agents.protocol import collect
+from loom.agents.run_context import RunContext, current_run
 from loom.agents.tools import Tool, close_all, start_all
 from loom.schemas.base import new_id
 from loom.schemas.errors import LoomError
@@ -79,7 +80,9 @@ class Agent:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def stream(self, job: RunRequest | str) -> AsyncGenerator[AgentEvent, None]:
+    async def stream(
+        self, job: RunRequest | str, *, run_context: RunContext | None = None
+    ) -> AsyncGenerator[AgentEvent, None]:
         """Work on a job, or on a description, until the model answers without tool calls, or until `max_steps`.
 
         Reasoning of the model is yielded as ReasoningDelta, its answer as TextDelta. With `job.accept.json_schema`,
@@ -87,6 +90,10 @@ class Agent:
 
         A tool call with equal arguments in a third consecutive round is not run; its result is a warning. In a fifth
         round the job fails.
+
+        Args:
+            job: A job, or a description.
+            run_context: Context of the run, from its host; default: the context of the calling run, if there is one.
 
         Raises:
             AgentFailed: The model failed, broke off, does not stop, repeats its tool calls, or gave no answer. The
@@ -96,7 +103,10 @@ class Agent:
 
         Each error has `partial`, the text so far, and `spent`, a Done with that text and the tokens so far.
         """
-        conversation = Conversation(self.provider, self.config, self.system_prompt, self._tools, _as_request(job))
+        run_context = current_run() if run_context is None else run_context
+        conversation = Conversation(
+            self.provider, self.config, self.system_prompt, self._tools, _as_request(job), run_context
+        )
         try:
             async with aclosing(self.event_bus.relay(conversation.events())) as events:
                 async for event in events:

@@ -7,7 +7,6 @@ from contextlib import aclosing
 from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
-from loom.agents.host.delegation import Delegator
 from loom.agents.llm.completion import chunks
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.history import CallIds, legal_call
@@ -16,6 +15,7 @@ from loom.agents.llm.openai.wrapped_json import json_text
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
 from loom.agents.llm.tool_round import MAX_REPEATS, RequestedCall, ToolRounds
+from loom.agents.run_context import RunContext
 from loom.agents.tools import Tool
 from loom.agents.user_code import error_fields, type_name
 from loom.bus.logs.logger import get_logger
@@ -35,6 +35,7 @@ class Conversation:
 
     Args:
         tools: Tools by name; the job may allow only some of them.
+        run_context: Context of the run on a host; None outside of hosts.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Conversation:
         system_prompt: str,
         tools: Mapping[str, Tool],
         job: RunRequest,
+        run_context: RunContext | None,
     ) -> None:
         self._provider, self._config, self._job = provider, config, job
         allowed = {name: tool for name, tool in tools.items() if job.allows(name)}
@@ -53,7 +55,7 @@ class Conversation:
         self._started = time.monotonic()
         self._step = 0
         self._deadline = Deadline(job.remaining_s, early_s=REPORT_S)
-        self._delegator = Delegator.current()
+        self._run_context = run_context
         self._calls = ToolRounds(allowed, job, self._deadline, config.tool_context)
         self._ids = CallIds()
         self._answer = ModelAnswer()
@@ -161,8 +163,8 @@ class Conversation:
         self._tokens.add(answer.usage, (self._messages, self._definitions), written)
         if answer.content.strip():
             self._text = answer.content
-        if self._delegator is not None:
-            self._delegator.own_tokens = self._tokens.total
+        if self._run_context is not None:
+            self._run_context.report_tokens(self._tokens.total)
 
     def _check_answer(self) -> None:
         if self._answer.finish_reason == "content_filter":
@@ -211,7 +213,7 @@ class Conversation:
     @property
     def _spent(self) -> int:
         """Tokens that the job has used, including those of delegated tasks."""
-        return self._tokens.total + (self._delegator.delegated_tokens if self._delegator else 0)
+        return self._tokens.total + (self._run_context.delegated_tokens if self._run_context else 0)
 
     def so_far(self) -> Done:
         """Return the text, tokens and steps so far."""

@@ -16,7 +16,7 @@ from loom.bus.natsio.stored_message import StoredMessage, last_message, message_
 from loom.bus.records import records
 from loom.schemas.base import Undecodable, decode, encode, new_id
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import PlanTimeout, envelope_in, read_scale_message
 
 log = get_logger()

@@ -35,16 +35,16 @@ class ServerClock:
         """Seconds by which this machine's wall clock is ahead of the server's; negative if it is behind."""
         return time.time() - self.now()
 
-    def measure(self, server_time: float, asked: float, answered: float) -> None:
+    def measure(self, server_time: float, sent_at: float, received_at: float) -> None:
         """Set the offset from one reply of the server, unless an earlier, more precise measurement agrees with it.
 
         Args:
             server_time: Time in the reply, seconds since the epoch.
-            asked: Monotonic time at which the request was sent.
-            answered: Monotonic time at which the reply arrived; `server_time` is between the two.
+            sent_at: Monotonic time at which the request was sent.
+            received_at: Monotonic time at which the reply arrived; `server_time` is between the two.
         """
-        offset_s = server_time - (asked + answered) / 2
-        error_s = (answered - asked) / 2
+        offset_s = server_time - (sent_at + received_at) / 2
+        error_s = (received_at - sent_at) / 2
         agree = abs(offset_s - self._offset_s) <= error_s + self._error_s + SLACK_S
         if agree and error_s > self._error_s:
             return

@@ -51,13 +51,13 @@ class ClockSync:
     async def sync(self, *, timeout_s: float) -> bool:
         """Measure the time, in up to three tries; return whether the server answered within `timeout_s`."""
         for tries in range(TRIES):
-            asked = time.monotonic()
+            sent_at = time.monotonic()
             server_time = await self._request_time(timeout_s)
-            answered = time.monotonic()
+            received_at = time.monotonic()
             if server_time is None:
                 return tries > 0
-            self._clock.measure(server_time, asked, answered)
-            if answered - asked < GOOD_S:
+            self._clock.measure(server_time, sent_at, received_at)
+            if received_at - sent_at < GOOD_S:
                 break
         return True
 

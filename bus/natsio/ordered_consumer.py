@@ -149,13 +149,13 @@ class OrderedConsumer:
             config |= {"deliver_policy": self._deliver}
         self._consumer_seq = 0
         self._consumer = name  # before the request: a cancelled request may have been processed
-        answer = await self._jetstream.api(
+        response = await self._jetstream.api(
             f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
             {"stream_name": self._stream, "config": config},
         )
         if config["deliver_policy"] == "new":  # a later consumer must not start after this one
-            self._start_seq = answer["delivered"]["stream_seq"] + 1
-        self._at_end = not answer.get("num_pending")
+            self._start_seq = response["delivered"]["stream_seq"] + 1
+        self._at_end = not response.get("num_pending")
         if self._at_end:
             self._changed.set()  # `batch` returns an empty list
         self._pull = PullConsumer(

@@ -43,7 +43,7 @@ async def request_many(
         try:
             reply = read(msg.data)
         except Undecodable as error:
-            discards.add("answer_undecodable", reason=error.message, subject=subject)
+            discards.add("reply_undecodable", reason=error.message, subject=subject)
             return
         if reply is None:
             return

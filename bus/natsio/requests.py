@@ -95,19 +95,19 @@ class Requests:
             NoResponders: The subject has no subscriber.
         """
         give_up = time.monotonic() + timeout_s
-        answer: OneShot[Msg] = OneShot()
-        reply = self.open_inbox(answer.set)
+        reply: OneShot[Msg] = OneShot()
+        inbox = self.open_inbox(reply.set)
         try:
-            await self.connection.publish(subject, message, reply=reply)
+            await self.connection.publish(subject, message, reply=inbox)
             if self.connection.is_unread:
                 raise TimeoutError(f"no reply on {subject} can be received: the event loop is ending")
-            while (msg := await answer.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
+            while (msg := await reply.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
                 if time.monotonic() >= give_up:
                     raise TimeoutError(f"no reply on {subject} within {timeout_s:g} s")
                 if self.connection.is_connected:  # else the first one is still in the buffer
-                    await self.connection.publish(subject, message, reply=reply)
+                    await self.connection.publish(subject, message, reply=inbox)
         finally:
-            self.close_inbox(reply)
+            self.close_inbox(inbox)
         if msg.status == "503":
             raise NoResponders(f"{subject} has no subscriber")
         return msg
@@ -118,14 +118,14 @@ class Requests:
         Raises:
             TimeoutError: The server has not done so within `timeout_s`.
         """
-        answer: OneShot[Msg] = OneShot()
-        reply = self.open_inbox(answer.set)
+        reply: OneShot[Msg] = OneShot()
+        inbox = self.open_inbox(reply.set)
         try:
-            await self.connection.publish(reply)
-            if await answer.wait(timeout_s) is None:
+            await self.connection.publish(inbox)
+            if await reply.wait(timeout_s) is None:
                 raise TimeoutError(f"the server did not answer a flush within {timeout_s:g} s")
         finally:
-            self.close_inbox(reply)
+            self.close_inbox(inbox)
 
     async def leave_stalled_server(self) -> None:
         """Reconnect to another server; a single server is left only if it does not answer a flush.
@@ -137,13 +137,13 @@ class Requests:
             return
         self._leaving = True
         try:
-            if self.connection.server_count > 1 or not await self._answers():
+            if self.connection.server_count > 1 or not await self._is_server_responding():
                 log.warning("connection_stalled")
                 await self.connection.reconnect()
         finally:
             self._leaving = False
 
-    async def _answers(self) -> bool:
+    async def _is_server_responding(self) -> bool:
         try:
             await self.flush(timeout_s=1)
         except (TimeoutError, LoomError):

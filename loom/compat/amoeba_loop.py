@@ -30,7 +30,8 @@ from loom.runner.settings import Settings, from_environment
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.events import Done, ErrorEvent, LoopEvent, SubtaskEvent, TextDelta, TokenUsage
 from loom.schemas.identity import ADAPT, LOCAL_OWNER
-from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskResult
 

@@ -10,7 +10,8 @@ from loom.bus.task_client import TaskHandle
 from loom.schemas.envelope import FailedAttempt, Hop, Phase
 from loom.schemas.errors import LoomError
 from loom.schemas.events import PhaseEvent
-from loom.schemas.learning import NodeProfile, success_signal
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import success_signal
 from loom.schemas.record import TaskRecord
 
 log = get_logger()

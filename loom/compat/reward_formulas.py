@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from loom.bus import rewards
-from loom.schemas.learning import Signal, success_signal
+from loom.schemas.learning.reward import Signal, success_signal
 from loom.schemas.task import TaskAd
 
 if TYPE_CHECKING:

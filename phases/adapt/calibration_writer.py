@@ -8,7 +8,8 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.topology import stream_state
 from loom.schemas.base import Undecodable
 from loom.schemas.identity import JUDGE, RULES
-from loom.schemas.learning import BIAS, Calibration, Reward
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.reward import Reward
 
 log = get_logger()
 

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 from loom.phases.adapt.change_detection import TEST_EVERY, change_point, recent_change_point
 from loom.phases.adapt.reward_weights import WEIGHTS, attempt_id, is_own, own_scores, scored, source_weight
 from loom.schemas.base import total, total_s
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 FORGETTING = "glr_ucb"
 SUCCESS = 0.5

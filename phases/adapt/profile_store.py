@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 
 DECODED_SCORES = 100_000
 """Most scores of all profiles that are kept decoded; about 20 MB."""

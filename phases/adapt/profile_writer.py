@@ -21,11 +21,13 @@ from loom.phases.adapt.summary_writer import SummaryWriter
 from loom.schemas.base import Undecodable
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT, split_qualified
-from loom.schemas.learning import PROFILE_KEYS, Lifecycle, NodeProfile, ProfileSummary, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import PROFILE_KEYS, NodeProfile
+from loom.schemas.learning.reward import Reward
+from loom.schemas.learning.summary import ProfileSummary
 
 log = get_logger()
 
-STANDBY_S = 1.0  # a standby writes what the active replica has not written by then
 LEARNED_TASKS = 256  # task ids in one `learned` event
 
 
@@ -39,13 +41,23 @@ class ProfileWriter:
         forget: Whether scores from before a change of a node are dropped.
         weights: Weights of reward sources.
         on_change: Called when a profile has to be written.
+        standby_s: Seconds after which a standby writes what the active replica has not written.
     """
 
-    def __init__(self, bus: Bus, *, forget: bool, weights: Mapping[str, float], on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        forget: bool,
+        weights: Mapping[str, float],
+        on_change: Callable[[], None],
+        standby_s: float,
+    ) -> None:
         self._bus = bus
         self._forget = forget
         self._weights = weights
         self._on_change = on_change
+        self._standby_s = standby_s
         self._bucket = bus.bucket("nodes", NodeProfile)
         self._profiles = ProfileStore()
         self._summaries = SummaryWriter(bus, self._profiles)
@@ -187,7 +199,7 @@ class ProfileWriter:
                 if stored is None or await self._is_beyond_stream(key, stored) or self._adopt(stored):
                     continue
                 self._changes.pop(key, None)
-                self._standby_until = time.monotonic() + STANDBY_S
+                self._standby_until = time.monotonic() + self._standby_s
                 self._mark_summary(key)
                 return
             self._revisions[key] = revision
@@ -296,7 +308,7 @@ class ProfileWriter:
 
     def _mark_summary(self, key: str, after_s: float | None = None) -> None:
         """Mark a summary for a check after `after_s` seconds; by default, another replica has time to write it."""
-        after_s = STANDBY_S if after_s is None else after_s
+        after_s = self._standby_s if after_s is None else after_s
         self._summaries.stale[key] = time.monotonic() + after_s
         asyncio.get_running_loop().call_later(after_s, self._on_change)
 

@@ -13,7 +13,8 @@ from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.profile_store import ProfileStore
 from loom.phases.adapt.reward_weights import WEIGHTS
 from loom.schemas.identity import qualified, split_qualified
-from loom.schemas.learning import PROFILE_KEYS, SNAPSHOTS, NodeProfile, Reward, Snapshot
+from loom.schemas.learning.profile import PROFILE_KEYS, NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS, Reward, Snapshot
 
 Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
 """same: the stored profile equals the rebuilt one. behind: it equals an earlier state of it. differs: it does not.

@@ -16,16 +16,16 @@ from loom.phases.adapt.retirement_policy import (
     heir,
     inherited_rewards,
 )
+from loom.phases.adapt.timings import AdaptTimings
 from loom.schemas.auction import RetireReply, RetireRequest
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 
 log = get_logger()
 
-SWEEP_S = 1.0
 REPLY_S = 1.0
 MAX_REQUESTS = 4  # per sweep, so that a sweep ends well within the lease
 LEASE = "apoptosis"
@@ -40,10 +40,14 @@ class RetirementSweeper:
         bus: A connected bus.
         config: Limits of idle time and failures, and the least number of nodes.
         profiles: A live read-only view of the profiles, by key.
+        timings: Intervals of ADAPT.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig, profiles: Mapping[str, NodeProfile]) -> None:
+    def __init__(
+        self, bus: Bus, config: ClusterConfig, profiles: Mapping[str, NodeProfile], timings: AdaptTimings
+    ) -> None:
         self._bus = bus
+        self._timings = timings
         self._config = config
         self._profiles = profiles
         self._live_hosts = LiveHosts(bus)
@@ -63,7 +67,7 @@ class RetirementSweeper:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(self._timings.sweep_s)
             try:
                 await self._sweep()
             except LoomError as error:
@@ -75,7 +79,7 @@ class RetirementSweeper:
     async def _sweep(self) -> None:
         """Retire the first due node whose host accepts the request."""
         due = due_retirements(self._hosts(), self._profiles, self._config)[:MAX_REQUESTS]
-        if not due or not await acquire_lease(self._bus, LEASE):
+        if not due or not await acquire_lease(self._bus, LEASE, self._timings.lease_s):
             return
         for retirement in due:
             if await self._retire(retirement):

@@ -9,7 +9,8 @@ from loom.phases.adapt.reward_weights import INHERITED, own_scores
 from loom.phases.shared.node_health import HEALTH_WINDOW, complement, is_failing
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import ADAPT, node_key
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 
 class Retirement(NamedTuple):

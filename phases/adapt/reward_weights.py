@@ -5,7 +5,8 @@ from hashlib import blake2b
 from math import fsum
 
 from loom.schemas.identity import RULES
-from loom.schemas.learning import Reward, Score
+from loom.schemas.learning.profile import Score
+from loom.schemas.learning.reward import Reward
 
 INHERITED = "inherit:"
 """Prefix of the id of an inherited entry."""

@@ -24,17 +24,16 @@ from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.calibration_writer import CalibrationWriter
 from loom.phases.adapt.evidence import forgets
-from loom.phases.adapt.profile_writer import STANDBY_S, ProfileWriter
+from loom.phases.adapt.profile_writer import ProfileWriter
 from loom.phases.adapt.retirement import RetirementSweeper
 from loom.phases.adapt.reward_weights import weights_of
 from loom.phases.adapt.snapshots import Snapshots
+from loom.phases.adapt.timings import AdaptTimings
 from loom.schemas.base import total_s
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 
 log = get_logger()
-
-BATCH_S = 0.02
 
 
 class Adapt:
@@ -45,20 +44,23 @@ class Adapt:
     Args:
         bus: A connected bus.
         config: Award policy, weights of reward sources, and limits of retirement.
+        timings: Intervals.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+    def __init__(self, bus: Bus, config: ClusterConfig, *, timings: AdaptTimings = AdaptTimings()) -> None:
         self._bus = bus
+        self._timings = timings
         self._dirty = asyncio.Event()
         self._writer = ProfileWriter(
             bus,
             forget=forgets(config.policy),
             weights=weights_of(config.judge_weights),
             on_change=self._dirty.set,
+            standby_s=timings.standby_s,
         )
         self._profiles = self._writer.profiles
-        self._retirement = RetirementSweeper(bus, config, self._profiles)
-        self._snapshots = Snapshots(bus, self._profiles)
+        self._retirement = RetirementSweeper(bus, config, self._profiles, timings)
+        self._snapshots = Snapshots(bus, self._profiles, timings)
         self._calibrations = CalibrationWriter(bus)
         self._reader = OrderedConsumer(
             bus.jetstream, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
@@ -132,14 +134,16 @@ class Adapt:
     async def _write(self) -> None:
         while True:
             await self._dirty.wait()
-            await asyncio.sleep(max(BATCH_S, self._writer.standby_s))  # rewards that arrive meanwhile share the write
+            await asyncio.sleep(
+                max(self._timings.batch_s, self._writer.standby_s)
+            )  # rewards that arrive meanwhile share the write
             self._dirty.clear()
             try:
                 await self._flush()
             except LoomError as error:
                 log.warning("profiles_not_written", reason=error.message)
                 self._dirty.set()
-                await asyncio.sleep(STANDBY_S)
+                await asyncio.sleep(self._timings.standby_s)
 
     async def _flush(self) -> None:
         async with self._writing:

@@ -12,10 +12,12 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.stored_message import StoredMessage
 from loom.phases.adapt.lease import acquire_lease
 from loom.phases.adapt.profile_store import ProfileStore
+from loom.phases.adapt.timings import AdaptTimings
 from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS, Reward, Snapshot
 
 log = get_logger()
 
@@ -29,8 +31,6 @@ OVERHEAD_BYTES = 256
 """Bytes that the server may store for a message in addition to body and subject: headers and its own entry."""
 NEAR = 1000
 """Messages that a reader near the end of the stream may still have to read."""
-RETRY_S = 30.0  # longer than a lease, which the replica that publishes a round renews
-RENEW_S = 5.0
 LEASE = "snapshots"
 
 
@@ -42,10 +42,12 @@ class Snapshots:
     Args:
         bus: A connected bus.
         profiles: The live profiles, by key.
+        timings: Intervals of ADAPT.
     """
 
-    def __init__(self, bus: Bus, profiles: ProfileStore) -> None:
+    def __init__(self, bus: Bus, profiles: ProfileStore, timings: AdaptTimings) -> None:
         self._bus = bus
+        self._timings = timings
         self._profiles = profiles
         self._limit = 0
         self._read_to = 0
@@ -97,11 +99,11 @@ class Snapshots:
         while True:
             await self._due.wait()
             try:
-                if await acquire_lease(self._bus, LEASE):
+                if await acquire_lease(self._bus, LEASE, self._timings.lease_s):
                     await self._publish()
             except LoomError as error:
                 log.warning("snapshots_failed", **error_fields(error))
-            await asyncio.sleep(RETRY_S)  # meanwhile every replica reads the round
+            await asyncio.sleep(self._timings.snapshot_retry_s)  # meanwhile every replica reads the round
 
     async def _publish(self) -> None:
         """Publish a round: all profiles of one moment, and the sequence up to which they contain every reward."""
@@ -116,8 +118,8 @@ class Snapshots:
         renewed_at = time.monotonic()
         rest = _snapshots(profiles, through)
         while snapshots := list(islice(rest, CONCURRENT)):
-            if time.monotonic() > renewed_at + RENEW_S:
-                if not await acquire_lease(self._bus, LEASE):
+            if time.monotonic() > renewed_at + self._timings.lease_s / 3:
+                if not await acquire_lease(self._bus, LEASE, self._timings.lease_s):
                     return
                 renewed_at = time.monotonic()
             await asyncio.gather(*map(self._store, snapshots))

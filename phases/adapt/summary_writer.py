@@ -9,16 +9,9 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.phases.adapt.evidence import losses_in
 from loom.phases.adapt.reward_weights import attempt_id
 from loom.schemas.base import Undecodable
-from loom.schemas.learning import (
-    SUMMARY_KEYS,
-    WINDOW,
-    DomainEvidence,
-    DomainSummary,
-    NodeProfile,
-    ProfileSummary,
-    Reward,
-    summary_key,
-)
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile
+from loom.schemas.learning.reward import Reward
+from loom.schemas.learning.summary import SUMMARY_KEYS, DomainSummary, ProfileSummary, summary_key
 
 KEPT_ATTEMPTS = 8
 """Attempts of earlier writes that a summary still names: a reader may miss a value that the next one has replaced."""

@@ -3,7 +3,7 @@
 from loom.phases.evaluate.retry_policy import COUNTED, INVALID
 from loom.schemas.envelope import Envelope
 from loom.schemas.identity import JUDGE, RULES
-from loom.schemas.learning import Reward, Signal, success_signal
+from loom.schemas.learning.reward import Reward, Signal, success_signal
 from loom.schemas.record import REJECTED, TaskRecord
 from loom.schemas.task import RunResult, TaskError
 

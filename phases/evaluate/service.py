@@ -24,13 +24,14 @@ from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service
 from loom.bus.hops.outcomes import Done, Later, Next, Outcome
 from loom.bus.logs.logger import get_logger
 from loom.bus.records import records, salvaged
-from loom.bus.replies import answer_task
+from loom.bus.replies import send_result
 from loom.bus.rewards import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import llm_judge
 from loom.phases.evaluate.attempt_record import AttemptRecord, write_end
 from loom.phases.evaluate.retry_policy import Finish, Retry, decide, judge, may_be_divided, notice_of, unchecked
 from loom.phases.evaluate.rewards import implied_rewards, reward_for
+from loom.phases.evaluate.timings import EvaluateTimings
 from loom.phases.shared.acceptance import has_check
 from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation
 from loom.schemas.base import Undecodable
@@ -43,8 +44,6 @@ from loom.schemas.record import TaskRecord
 
 log = get_logger()
 
-CHECK_AGAIN_S = 1.0
-"""Pause before a result that could not be checked is consumed again."""
 SPREAD = 1.25
 """A pause is up to a quarter longer, so that tasks which failed together do not return together."""
 
@@ -59,10 +58,19 @@ class Evaluate:
         bus: A connected bus.
         config: Retry limits, and the share of results that a model judges.
         llm: The model that judges results; None: results are judged by rules alone.
+        timings: Pauses.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        config: ClusterConfig,
+        llm: LLMProvider | None = None,
+        *,
+        timings: EvaluateTimings = EvaluateTimings(),
+    ) -> None:
         self._bus = bus
+        self._timings = timings
         self._config = config
         self._llm = llm
         self._records = records(bus)
@@ -116,7 +124,7 @@ class Evaluate:
             entry = await self._records.get(envelope.task_id)
             if entry is not None and entry.value.ended:
                 return unchecked(error.message)
-            return Later(CHECK_AGAIN_S * random.uniform(1, SPREAD), envelope)  # noqa: S311 - jitter
+            return Later(self._timings.check_again_s * random.uniform(1, SPREAD), envelope)  # noqa: S311 - jitter
 
     def _needs_llm_judge(self, envelope: Envelope, violation: Violation | None) -> bool:
         """Return whether a model is to judge a result that keeps the rules."""
@@ -172,7 +180,7 @@ class Evaluate:
                 self._bus.subjects.of("result", record.envelope.submitter, record.task_id), record.to_result()
             )
             for reply in record.reply_to:
-                await answer_task(self._bus, reply, record)
+                await send_result(self._bus, reply, record)
         except BaseException:
             for confirmation in publishing:  # not awaited: the message is redelivered, and its rewards are sent again
                 self._bus.tasks.spawn(confirmation, name=f"reward {record.task_id}")

@@ -17,6 +17,7 @@ from loom.bus.records import records
 from loom.bus.task_client import cancel_and_confirm
 from loom.phases.execute.claims import ownership
 from loom.phases.execute.run_stream import RunStream
+from loom.phases.execute.timings import ExecuteTimings
 from loom.phases.shared.inherited_ad import inherited_ad
 from loom.phases.shared.token_usage import total_usage
 from loom.schemas.base import MAX_INPUTS_BYTES, cut_utf8
@@ -30,7 +31,6 @@ from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 log = get_logger()
 
-POLL_RECORD_S = 5.0  # a lost result message is noticed after this time, at the latest
 RETRY_S = 1.0
 REPEAT_S = 1.0  # least time between repetitions of unconfirmed results
 
@@ -47,6 +47,7 @@ class Delegations:
         delivery: The message of the delegating run.
         top_up: Called when a slot has become free.
         earlier: Ids of the tasks that this run, or one before it, has already delegated.
+        poll_record_s: Seconds after which a record is read although no result message has arrived.
     """
 
     def __init__(
@@ -57,9 +58,12 @@ class Delegations:
         delivery: Delivery,
         top_up: Callable[[], None],
         earlier: Iterable[str] = (),
+        *,
+        poll_record_s: float = ExecuteTimings.poll_record_s,
     ) -> None:
         self._bus, self._config, self._envelope, self._delivery = bus, config, envelope, delivery
         self._top_up = top_up
+        self._poll_record_s = poll_record_s
         self._records = records(bus)
         self._open: dict[str, asyncio.Task[None]] = {}
         self._calls: dict[str, int] = {}
@@ -232,7 +236,7 @@ class Delegations:
                 if entry is not None and entry.value.ended:
                     return entry.value
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_RECORD_S):
+                    async with asyncio.timeout(self._poll_record_s):
                         await result_published.wait()
                 result_published.clear()
         finally:

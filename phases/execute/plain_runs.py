@@ -11,7 +11,7 @@ from loom.bus.host_directory import HostKey
 from loom.bus.logs.discard_reports import as_reason
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import count_discarded
-from loom.phases.execute.run_stream import LATE_EVENT_S, STOPPED_S, Hosts, HostSilent, Interrupt, no_waiter
+from loom.phases.execute.run_stream import LATE_EVENT_S, Hosts, HostSilent, Interrupt, no_waiter
 from loom.phases.execute.stops import HostRun
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.run import MAX_OUTLINE_BYTES, RunEvent, RunRequest, read_events
@@ -19,9 +19,6 @@ from loom.schemas.task import Accept, RunResult, TaskError
 
 RUN_S = 60.0
 """Longest run of a plain node that announces no limit of its own."""
-ABSENT_S = 3.0
-"""Seconds for which the request is repeated while the server reports no subscriber."""
-REPEAT_REQUEST_S = 1.0
 KEY_HEADER = "Loom-Key"
 ERROR_HEADERS = ("Nats-Service-Error", "Nats-Service-Error-Code")
 LAST_KINDS = ("result", "error", "rejected")
@@ -73,7 +70,7 @@ class PlainRun:
         finally:
             self._interrupt.wake = no_waiter
             if self._reply is None and self._interrupt.ends_attempt:
-                self._keep_open(STOPPED_S)
+                self._keep_open(self._hosts.stops.last_event_wait_s)
             elif not self._given_up:
                 self._hosts.events.close(self._subject, expect_more=self._reply is None)
         return None if self._reply is None else self._read_reply(self._reply)
@@ -87,13 +84,13 @@ class PlainRun:
 
     async def _wait_for_reply(self) -> None:
         """Wait for the reply or an interrupt; repeat the request to an absent host each second, for 3 s."""
-        started = time.monotonic()
+        timings, started = self._hosts.timings, time.monotonic()
         while self._reply is None and self._interrupt.reason is None:
             waited_s = time.monotonic() - started
             if self._absent:
-                if waited_s >= ABSENT_S:
+                if waited_s >= timings.plain_absent_s:
                     raise HostSilent(f"host {self._host} is not connected")
-                if not await self._wait(REPEAT_REQUEST_S):
+                if not await self._wait(timings.repeat_request_s):
                     await self._send_request()
             elif not await self._wait(self._max_run_s - waited_s):
                 raise HostSilent(f"host {self._host} has not replied in {self._max_run_s:g} s")

@@ -17,7 +17,8 @@ from loom.bus.logs.discard_reports import as_reason
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects, count_discarded
-from loom.phases.execute.stops import STOP_AGAIN_S, STOPS, HostRun, Stops
+from loom.phases.execute.stops import HostRun, Stops
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.base import Undecodable, total
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, TextDelta
@@ -26,23 +27,13 @@ from loom.schemas.task import TaskError, TaskResult
 
 log = get_logger()
 
-ABSENT_S = 1.0  # without a subscriber: a host may reconnect a little later than this process after an outage
-ACCEPT_S = 3.0  # a busy host may need long: on a machine at its limit hundreds answered only after one second
-REPEAT_REQUEST_S = 1.0
-"""Seconds of silence after which a request is repeated; a slow host must not receive it many times."""
-REPEAT_ABSENT_S = 0.3
-"""The same while the server reports no subscriber."""
 GAP_REQUESTS = 3
 """Requests for missing events after which the run continues without them."""
 MAX_OUT_OF_ORDER = 1024
 """Events kept while earlier ones are missing, at most."""
 CATCH_UP_S = 5.0
-HEARTBEAT_S = 2.0
-SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
 LATE_EVENT_S = 600.0
 """Seconds for which a silent run's last event is awaited, to be discarded and counted. A host keeps it as long."""
-STOPPED_S = STOPS * STOP_AGAIN_S + 1
-"""Seconds for which the last event of a stopped run is awaited."""
 MAX_RUN_BYTES = 16 * 2**20
 MAX_RUN_EVENTS = 100_000
 """Limits of what a run may send; exceeding one ends it."""
@@ -66,11 +57,12 @@ def no_waiter() -> None:
 
 @dataclass(frozen=True)
 class Hosts:
-    """The parts by which EXECUTE communicates with node hosts: the bus, event subjects and stops."""
+    """The parts by which EXECUTE communicates with node hosts: the bus, event subjects, stops and waits."""
 
     bus: Bus
     events: EventSubjects
     stops: Stops
+    timings: ExecuteTimings = ExecuteTimings()
 
 
 class Interrupt:
@@ -116,6 +108,7 @@ class RunStream:
     ) -> None:
         self._hosts = hosts
         self._bus = hosts.bus
+        self._timings = hosts.timings
         self._host = host
         self._request = request
         self._interrupt = interrupt
@@ -162,7 +155,9 @@ class RunStream:
             self._close()
             return
         self._given_up = True
-        keep_s = min(LATE_EVENT_S, self._request.remaining_s) if isinstance(error, HostSilent) else STOPPED_S
+        keep_s = self._hosts.stops.last_event_wait_s
+        if isinstance(error, HostSilent):
+            keep_s = min(LATE_EVENT_S, self._request.remaining_s)
         asyncio.get_running_loop().call_later(keep_s, self._close)
 
     def _close(self) -> None:
@@ -192,7 +187,7 @@ class RunStream:
         """
         while True:
             if not self._events:
-                await (self._wait_for_event(SILENCE_S, SILENCE_S) if self.has_events else self._wait_for_first())
+                await (self._wait_for_next() if self.has_events else self._wait_for_first())
             if self._interrupt.reason is not None and not self._events:
                 return None
             event = self._events.popleft()
@@ -233,7 +228,7 @@ class RunStream:
         complete = event.seq in self._out_of_order or len(self._out_of_order) >= MAX_OUT_OF_ORDER
         if not heartbeat:
             self._out_of_order[event.seq] = event
-        late = heartbeat and time.monotonic() - self._gap_requested_at >= REPEAT_REQUEST_S
+        late = heartbeat and time.monotonic() - self._gap_requested_at >= self._timings.repeat_request_s
         if not self._gap_requests or (late and self._gap_requests < GAP_REQUESTS):
             self._gap_requests, self._gap_requested_at = self._gap_requests + 1, time.monotonic()
             await self._send_request(from_seq=self._next_seq)
@@ -248,6 +243,11 @@ class RunStream:
             )
             self._advance(next_seq)
 
+    async def _wait_for_next(self) -> None:
+        """Wait for three heartbeats' time for the event after the last one."""
+        silence_s = self._timings.silence_s
+        await self._wait_for_event(silence_s, silence_s)
+
     async def _wait_for_event(self, wait_s: float, limit_s: float) -> None:
         """Wait up to `wait_s` for an event, the last part of the `limit_s` that the host has."""
         await self._wait(wait_s)
@@ -260,18 +260,21 @@ class RunStream:
 
     async def _wait_for_first(self) -> None:
         """Repeat the request until an event arrives: a host that reconnects late after an outage misses the first."""
-        wait_s, patience_s = (SILENCE_S, ACCEPT_S) if self._attached else (ACCEPT_S, ABSENT_S)
+        times = self._timings
+        wait_s, patience_s = times.accept_s, times.absent_s
+        if self._attached:
+            wait_s, patience_s = times.silence_s, times.accept_s
         give_up = time.monotonic() + wait_s
         while not self._is_ready:
             if self._absent_s >= patience_s:
                 raise HostSilent(f"host {self._host} is not connected")
             left_s = give_up - time.monotonic()
-            if left_s <= REPEAT_REQUEST_S:
+            if left_s <= times.repeat_request_s:
                 await self._wait_for_event(max(0.0, left_s), wait_s)
                 return
-            await self._wait(REPEAT_REQUEST_S)  # the server's no-responders reply ends this wait early
+            await self._wait(times.repeat_request_s)  # the server's no-responders reply ends this wait early
             if self._absent_since is not None:
-                await self._wait(REPEAT_ABSENT_S)
+                await self._wait(times.repeat_absent_s)
             if not self._is_ready:
                 await self._send_request()
 

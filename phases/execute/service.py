@@ -37,6 +37,7 @@ from loom.phases.execute.delegation import Delegations, cancel_tasks
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import Hosts, Interrupt
 from loom.phases.execute.stops import HostRun, StopReason, Stops
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.auction import Award
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope
@@ -57,13 +58,14 @@ class Execute:
     Args:
         bus: A connected bus.
         config: Limits for delegated tasks.
+        timings: Waits and intervals.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+    def __init__(self, bus: Bus, config: ClusterConfig, *, timings: ExecuteTimings = ExecuteTimings()) -> None:
         self._bus = bus
         self._config = config
         self._records = records(bus)
-        self._hosts = Hosts(bus, EventSubjects(bus), Stops(bus))
+        self._hosts = Hosts(bus, EventSubjects(bus), Stops(bus, timings.repeat_stop_s), timings)
         self._interrupts: dict[str, list[Interrupt]] = {}
         """Task -> the interrupts of its handlers; a task has two handlers while a run moves."""
         self._cancels: Subscription | None = None
@@ -125,14 +127,22 @@ class Execute:
     def _attempt(
         self, claimed: Claimed, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt
     ) -> Attempt:
-        earlier = claimed.record.delegated if claimed.attached else ()
+        delegations = Delegations(
+            self._bus,
+            self._config,
+            envelope,
+            delivery,
+            self._loop.top_up,
+            earlier=claimed.record.delegated if claimed.attached else (),
+            poll_record_s=self._hosts.timings.poll_record_s,
+        )
         return Attempt(
             self._hosts,
             envelope,
             award,
             delivery,
             interrupt,
-            Delegations(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier),
+            delegations,
             attached=claimed.attached,
             is_only_handler=lambda: len(self._interrupts[envelope.task_id]) == 1,
         )

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.logger import get_logger
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.errors import LoomError
 from loom.schemas.run import Stop
 
@@ -13,7 +14,6 @@ log = get_logger()
 
 STOPS = 5
 """Stop messages per run, at most."""
-STOP_AGAIN_S = 1.0
 
 StopReason = Literal["cancelled", "silent", "late", "flooded", "forged", "superseded", "ended"]
 
@@ -27,10 +27,18 @@ class HostRun(NamedTuple):
 
 
 class Stops:
-    """Publishes `loom.stop` for runs whose result is not needed any more: once a second, at most five times."""
+    """Publishes `loom.stop` for runs whose result is not needed any more: once a second, at most five times.
 
-    def __init__(self, bus: Bus) -> None:
+    Args:
+        bus: A connected bus.
+        repeat_stop_s: Seconds between the stop messages of a run.
+    """
+
+    def __init__(self, bus: Bus, repeat_stop_s: float = ExecuteTimings.repeat_stop_s) -> None:
         self._bus = bus
+        self._repeat_stop_s = repeat_stop_s
+        self.last_event_wait_s = STOPS * repeat_stop_s + 1
+        """Seconds for which the last event of a stopped run is awaited."""
         self._repeating: dict[HostRun, asyncio.Task[None]] = {}
 
     def start(self, run: HostRun, why: StopReason) -> None:
@@ -51,7 +59,7 @@ class Stops:
 
     async def _repeat(self, run: HostRun, why: StopReason) -> None:
         for _ in range(STOPS - 1):
-            await asyncio.sleep(STOP_AGAIN_S)
+            await asyncio.sleep(self._repeat_stop_s)
             self._publish(run, why)
 
     def _publish(self, run: HostRun, why: StopReason) -> None:

@@ -18,8 +18,10 @@ from loom.phases.match.offers import HostOffer
 from loom.phases.match.partial_decoding import to_profile
 from loom.phases.match.presence import HostPresence
 from loom.phases.match.ranking import Ranking
+from loom.phases.match.timings import MatchTimings
 from loom.schemas.identity import qualified
-from loom.schemas.learning import SUMMARY_KEYS, NodeProfile, ProfileSummary
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.summary import SUMMARY_KEYS, ProfileSummary
 
 log = get_logger()
 
@@ -37,11 +39,19 @@ class HostDirectory:
     """Follows host announcements and node profiles; decides how long auctions wait, never who may bid.
 
     Args:
+        bus: A connected bus.
+        timings: Times of MATCH.
         on_rewarded: Called for each changed domain of a profile, with the qualified node, the domain_token and the
             attempt ids of its rewards.
     """
 
-    def __init__(self, bus: Bus, *, on_rewarded: Callable[[str, str, Iterable[str]], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        timings: MatchTimings = MatchTimings(),
+        *,
+        on_rewarded: Callable[[str, str, Iterable[str]], None] = lambda *_: None,
+    ) -> None:
         self._bus = bus
         self._on_rewarded = on_rewarded
         self.profiles: dict[str, NodeProfile] = {}
@@ -54,7 +64,7 @@ class HostDirectory:
         self._node_added = asyncio.Event()
         self._summaries: dict[str, ProfileSummary] = {}
         self._announcements = AnnouncementReader(bus.discards, _now)
-        self._presence = HostPresence(_now, MAX_HOSTS, self._remove_nodes)
+        self._presence = HostPresence(_now, MAX_HOSTS, self._remove_nodes, unproven_every_s=timings.unproven_every_s)
         self._ownership = NodeOwnership(_now, self._presence.last_seen_at)
         self._reader: BucketReader[ProfileSummary] | None = None
         self._subscription: Subscription | None = None

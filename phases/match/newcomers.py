@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from loom.schemas.envelope import Envelope
 from loom.schemas.identity import LOCAL_OWNER, split_qualified
-from loom.schemas.learning import DomainEvidence
+from loom.schemas.learning.profile import DomainEvidence
 
 PROVEN_MEAN = 0.5
 """Mean reward from which a node is not a newcomer: it succeeds more often than it fails."""

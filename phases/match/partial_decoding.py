@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 import msgspec
 
-from loom.schemas.learning import DomainEvidence, DomainSummary, NodeProfile, ProfileSummary, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.summary import DomainSummary, ProfileSummary
 from loom.schemas.record import ENDED
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
 from loom.bus.host_directory import ALIVE_S, HostKey
+from loom.phases.match.timings import MatchTimings
 
 MAX_MISSED_WINDOWS = 3
 """Number of bid windows a host may miss before auctions stop waiting for it."""
@@ -12,10 +13,8 @@ ANSWERS_PER_MISS = 4
 """Number of answers that offset one missed window: auctions do not wait for a host that answers only some calls."""
 MAX_DOUBLINGS = 6
 """Each time a host is dropped, the number of answers it needs to return doubles, up to this many times."""
-UNPROVEN_EVERY_S = 2.0
-"""Seconds per auction that also waits for unproven hosts: an announcement costs nothing, unlike an offer."""
 UNPROVEN_BURST = 2
-"""Number of such auctions in a row after a pause, so that hosts which join one after another are all found."""
+"""Number of auctions in a row that wait for unproven hosts after a pause: hosts may join one after another."""
 
 _DROP_AT = MAX_MISSED_WINDOWS * ANSWERS_PER_MISS
 
@@ -31,12 +30,21 @@ class HostPresence:
         clock: Returns monotonic seconds.
         max_hosts: Limit of tracked hosts. Unproven hosts are removed first, in the order of their last message.
         on_removed: Called with each removed host.
+        unproven_every_s: Seconds per auction that also waits for unproven hosts.
     """
 
-    def __init__(self, clock: Callable[[], float], max_hosts: int, on_removed: Callable[[HostKey], None]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        max_hosts: int,
+        on_removed: Callable[[HostKey], None],
+        *,
+        unproven_every_s: float = MatchTimings.unproven_every_s,
+    ) -> None:
         self._clock = clock
         self._max_hosts = max_hosts
         self._on_removed = on_removed
+        self._unproven_every_s = unproven_every_s
         self._proven: OrderedDict[HostKey, float] = OrderedDict()
         """Host -> time of its last message, oldest first. A plain dict would find its first key in linear time."""
         self._unproven: OrderedDict[HostKey, float] = OrderedDict()
@@ -67,12 +75,12 @@ class HostPresence:
         """Return the hosts whose offers the next auction waits for; unproven hosts are included only now and then."""
         self._expire()
         now = self._clock()
-        if self._awaited and self._unproven_wait_at - now > (UNPROVEN_BURST - 1) * UNPROVEN_EVERY_S:
+        if self._awaited and self._unproven_wait_at - now > (UNPROVEN_BURST - 1) * self._unproven_every_s:
             return set(self._awaited)
         others = (self._returning | (self._unproven.keys() - self._dropped)) - self._plain
         if others:
             # Set at once, so that concurrent auctions do not wait as well.
-            self._unproven_wait_at = max(self._unproven_wait_at, now) + UNPROVEN_EVERY_S
+            self._unproven_wait_at = max(self._unproven_wait_at, now) + self._unproven_every_s
         return self._awaited | others
 
     @property

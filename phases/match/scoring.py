@@ -26,7 +26,7 @@ from loom.phases.match.offers import HostOffer
 from loom.schemas.auction import AWARD_BIDS, MAX_TRUST, Award, Bid, ScoredBid
 from loom.schemas.envelope import Envelope
 from loom.schemas.identity import LOCAL_OWNER, qualified, split_qualified
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 
 TRUST_WEIGHT = 0.6
 AVAILABILITY_WEIGHT = 0.25

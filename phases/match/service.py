@@ -45,6 +45,7 @@ from loom.phases.match.scoring import (
     NoOffers,
     decide,
 )
+from loom.phases.match.timings import MatchTimings
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Award, Bid, CallForBids, Lot
 from loom.schemas.base import Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
@@ -54,14 +55,6 @@ from loom.schemas.task import TaskError
 
 log = get_logger()
 
-ANNOUNCE_WAIT_S = 0.5
-"""Seconds between the request for announcements and the first task, so that all hosts can take part."""
-MAX_HOLD_S = 5.0
-"""Seconds for which a task without a node is held in memory before it returns to the end of its lane."""
-PAUSE_S = (0.1, 2.0)
-"""Shortest and longest pause, in seconds, between two calls for a task while all nodes are busy."""
-NO_OFFERS_PAUSE_S = 1.0
-"""Pause, in seconds, between two calls for a task that no node is capable of."""
 MAX_REASON = 1000
 """Characters of an error message that lists the required tools."""
 DAY_S = 86_400.0
@@ -79,15 +72,19 @@ class Match:
     Args:
         hosts_here: Whether all node hosts are in this process and start after this phase. MATCH then takes tasks at
             once; otherwise it starts half a second after its request for announcements.
+        timings: Waits and pauses.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig, *, hosts_here: bool = False) -> None:
+    def __init__(
+        self, bus: Bus, config: ClusterConfig, *, hosts_here: bool = False, timings: MatchTimings = MatchTimings()
+    ) -> None:
         self._bus = bus
         self._config = config
         self._hosts_here = hosts_here
+        self._timings = timings
         self._awards = RecentAwards()
         self._records = bus.bucket("records", PartialRecord)
-        self._directory = HostDirectory(bus, on_rewarded=self._on_rewarded)
+        self._directory = HostDirectory(bus, timings, on_rewarded=self._on_rewarded)
         self._plain = PlainNodes(self._directory.nodes)
         self._busy = BusyNodes(self._directory.nodes)
         self._misspelt = MisspeltDomains(self._directory.nodes)
@@ -105,7 +102,8 @@ class Match:
         await self._calls.start()
         await self._directory.start()
         if not self._hosts_here:
-            await asyncio.sleep(self._directory.announcements_requested_at + ANNOUNCE_WAIT_S - time.monotonic())
+            begin_at = self._directory.announcements_requested_at + self._timings.announce_wait_s
+            await asyncio.sleep(begin_at - time.monotonic())
         await self._loop.start()
 
     async def drain(self, timeout_s: float) -> None:
@@ -175,19 +173,19 @@ class Match:
         Args:
             node_added: Set by the first announcement of a new node since the last search.
         """
-        give_up = min(self._bus.clock.now() + MAX_HOLD_S, envelope.deadline)
+        give_up = min(self._bus.clock.now() + self._timings.max_hold_s, envelope.deadline)
         if isinstance(verdict, NoOffers) and spec.no_offers_since is not None:
             give_up = min(give_up, spec.no_offers_since + self._config.no_bids_after_s)
-        pause_s = PAUSE_S[0]
+        pause_s = self._timings.min_pause_s
         with delivery.waiting():
             while self._bus.clock.now() < give_up and not delivery.recalled.is_set():
                 left_s = max(0.0, give_up - self._bus.clock.now())
                 if isinstance(verdict, AllBusy):
                     jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
                     await _pause(delivery, min(jitter_s, left_s))
-                    pause_s = min(2 * pause_s, PAUSE_S[1])
+                    pause_s = min(2 * pause_s, self._timings.max_pause_s)
                 elif isinstance(verdict, NoOffers):
-                    await _pause(delivery, min(NO_OFFERS_PAUSE_S, left_s), node_added)
+                    await _pause(delivery, min(self._timings.no_offers_pause_s, left_s), node_added)
                 else:
                     break
                 if await self._task_has_ended(envelope):
@@ -217,7 +215,8 @@ class Match:
             case AllBusy():
                 if self._bus.clock.now() >= envelope.deadline:
                     return self._deadline_exceeded(envelope, spec)
-                return Later(random.uniform(*PAUSE_S), _with_offers(envelope, spec))  # noqa: S311 - jitter
+                pause_s = random.uniform(self._timings.min_pause_s, self._timings.max_pause_s)  # noqa: S311 - jitter
+                return Later(pause_s, _with_offers(envelope, spec))
             case NoOffers(warning=warning):
                 envelope = envelope.warned(warning) if warning else envelope
                 return self._on_no_offers(envelope, spec, self._no_offers_reason(envelope))
@@ -229,7 +228,7 @@ class Match:
             return Next("scale", replace(envelope, spec=replace(spec, no_offers_since=now)))
         if now - spec.no_offers_since >= self._config.no_bids_after_s:
             return Fail(TaskError(code="no_bids", message=why), envelope)
-        return Later(min(NO_OFFERS_PAUSE_S, max(0.0, envelope.deadline - now)), envelope)
+        return Later(min(self._timings.no_offers_pause_s, max(0.0, envelope.deadline - now)), envelope)
 
     def _deadline_exceeded(self, envelope: Envelope, spec: Spec) -> Outcome:
         why = "all nodes were busy" if spec.no_offers_since is None else self._no_offers_reason(envelope)

@@ -25,6 +25,7 @@ from loom.bus.topology import SCALE_LANE
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.scale.division import Division
 from loom.phases.scale.spawn_requests import SpawnRequests
+from loom.phases.scale.timings import ScaleTimings
 from loom.phases.shared.scale_rule import is_saturated, scale_reason
 from loom.phases.shared.token_usage import budget_before_run, with_phase_usage, with_subtask_usage
 from loom.schemas.base import Undecodable
@@ -46,14 +47,27 @@ class Scale:
     """The SCALE service: divides hard tasks into subtasks and requests nodes; all other tasks pass through.
 
     A divided task is parked until its subtasks have ended, and then goes to EXECUTE with their outputs.
+
+    Args:
+        bus: A connected bus.
+        config: Limits of plans.
+        llm: The model that plans; None: only plans of ads are used.
+        timings: Intervals.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        config: ClusterConfig,
+        llm: LLMProvider | None = None,
+        *,
+        timings: ScaleTimings = ScaleTimings(),
+    ) -> None:
         self._bus = bus
         self._config = config
         self._llm = llm
         self._division = Division(bus)
-        self._spawn_requests = SpawnRequests(bus)
+        self._spawn_requests = SpawnRequests(bus, timings.spawn_interval_s)
         self._loop: HopLoop[ScaleMessage] = HopLoop(
             bus,
             Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, read=read_scale_message, end=self.end_dead),

@@ -13,7 +13,6 @@ from loom.schemas.errors import LoomError
 
 log = get_logger()
 
-REQUEST_EVERY_S = 1.0  # a node needs about this long to start and to bid
 REPLY_WITHIN_S = 0.5
 RETRY_PAUSES_S = (0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
 """Seconds before each request for a task without offers, while hosts decline as unqualified.
@@ -28,10 +27,15 @@ class SpawnRequests:
 
     For tasks without offers the limit is per domain, tools and description, because only some of them may call for a
     skill.
+
+    Args:
+        bus: A connected bus.
+        interval_s: Seconds between two requests of the same kind.
     """
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, interval_s: float) -> None:
         self._bus = bus
+        self._interval_s = interval_s
         self._recent: dict[tuple[object, ...], float] = {}
         """Key of a request within the last second -> its monotonic time, oldest first."""
 
@@ -50,7 +54,7 @@ class SpawnRequests:
             if saturated
             else (request.domain_token, request.required_tools, request.description)
         )
-        while self._recent and now - next(iter(self._recent.values())) >= REQUEST_EVERY_S:
+        while self._recent and now - next(iter(self._recent.values())) >= self._interval_s:
             del self._recent[next(iter(self._recent))]
         if key in self._recent:
             return

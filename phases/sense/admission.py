@@ -7,7 +7,7 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import record_version, records
-from loom.bus.replies import allowed_reply, answer, answer_error, answer_task
+from loom.bus.replies import allowed_reply, send_error, send_reply, send_result
 from loom.schemas.base import Undecodable
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable, InvalidTask
@@ -78,7 +78,7 @@ class Admission:
             await self._refuse(envelope, reply, error, record)
             return None
         if record.ended:
-            await answer_task(self._bus, reply, record)
+            await send_result(self._bus, reply, record)
             await self._publish_result(record)
             return None
         if record.submission == submission:
@@ -95,7 +95,7 @@ class Admission:
         as the status does, that it is of another ad.
         """
         log.warning("task_id_taken", submitter=envelope.submitter, by=record.envelope.submitter)
-        await answer_error(self._bus, reply, error)
+        await send_error(self._bus, reply, error)
         if envelope.submitter != record.envelope.submitter:
             refused = TaskResult(task_id=envelope.task_id, state="failed", error=TaskError.of(error))
             subject = self._bus.subjects.of("result", envelope.submitter, envelope.task_id)
@@ -117,9 +117,9 @@ class Admission:
         changed = await self.records.update_with(entry.key, add)
         record = changed.value if changed else entry.value
         if record.ended:
-            await answer_task(self._bus, reply, record)
+            await send_result(self._bus, reply, record)
         elif reply not in record.reply_to:
-            await answer(self._bus, reply, Accepted(task_id=record.task_id))
+            await send_reply(self._bus, reply, Accepted(task_id=record.task_id))
 
 
 def id_taken(record: TaskRecord, ad: TaskAd, submitter: str, submission: str = "") -> InvalidTask | None:

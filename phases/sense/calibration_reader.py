@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from loom.bus.bus import Bus
 from loom.bus.natsio.kv import BucketReader
 from loom.schemas.envelope import Spec
-from loom.schemas.learning import BIAS, Calibration
+from loom.schemas.learning.calibration import BIAS, Calibration
 
 MIN_TASKS = 3
 """Number of tasks from which a bias is applied."""

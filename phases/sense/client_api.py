@@ -13,7 +13,7 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.stored_message import StoredMessage, last_message
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import allowed_reply, answer, answer_error, is_inbox
+from loom.bus.replies import allowed_reply, is_inbox, send_error, send_reply
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.base import Undecodable, decode
@@ -33,15 +33,21 @@ CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 STRANDED = TaskError(
     code="deadline_exceeded", message="the deadline passed, and the server has lost the task's messages"
 )
-STRANDED_AFTER_S = 1.0
-"""Seconds after its deadline from which a task without messages counts as stranded."""
 
 
 class ClientApi:
-    """Answers requests of clients. Every replica of SENSE has one, and the server picks one for each request."""
+    """Answers requests of clients. Every replica of SENSE has one, and the server picks one for each request.
 
-    def __init__(self, bus: Bus, admission: Admission, checks: CheckPool) -> None:
+    Args:
+        bus: A connected bus.
+        admission: Creates and reads the records of tasks.
+        checks: Checks the acceptance criteria of ads.
+        stranded_after_s: Seconds after its deadline from which a task without messages counts as stranded.
+    """
+
+    def __init__(self, bus: Bus, admission: Admission, checks: CheckPool, *, stranded_after_s: float) -> None:
         self._bus = bus
+        self._stranded_after_s = stranded_after_s
         self._admission = admission
         self._checks = checks
         self._subscriptions: list[Subscription] = []
@@ -84,10 +90,10 @@ class ClientApi:
             )
         except LoomError as error:
             log.info("submission_refused", code=error.code, field=error.field, reason=error.message[:200])
-            await answer_error(self._bus, client.reply, error)
+            await send_error(self._bus, client.reply, error)
             return
         if not ad.wait:
-            await answer(self._bus, client.reply, Accepted(task_id=ad.task_id))
+            await send_reply(self._bus, client.reply, Accepted(task_id=ad.task_id))
 
     async def _status(self, msg: Msg) -> None:
         client = self._client(msg)
@@ -96,13 +102,13 @@ class ClientApi:
             entry = await self._get_record(task_id, client)
             if entry is not None:
                 await self._end_if_stranded(entry.value)
-                await answer(self._bus, client.reply, status_of(entry.value, msg.data))
+                await send_reply(self._bus, client.reply, status_of(entry.value, msg.data))
             elif await self._queued_submission(task_id, client) is not None:
-                await answer(self._bus, client.reply, Accepted(task_id=task_id))
+                await send_reply(self._bus, client.reply, Accepted(task_id=task_id))
             else:
                 raise _unknown(task_id)
         except LoomError as error:
-            await answer_error(self._bus, client.reply, error)
+            await send_error(self._bus, client.reply, error)
 
     async def _get_record(self, task_id: str, client: "Client") -> Entry[TaskRecord] | None:
         """Return the record of a task; None without one.
@@ -117,7 +123,7 @@ class ClientApi:
 
     async def _end_if_stranded(self, record: TaskRecord) -> None:
         """End a task past its deadline whose messages the server has lost."""
-        if record.ended or self._bus.clock.now() < record.envelope.deadline + STRANDED_AFTER_S:
+        if record.ended or self._bus.clock.now() < record.envelope.deadline + self._stranded_after_s:
             return
         task_id, subjects = record.task_id, self._bus.subjects
         for hops in (subjects.later("*", task_id, "*"), subjects.task("*", "*", task_id)):
@@ -133,9 +139,9 @@ class ClientApi:
             record = await self._cancel_task(_task_id_of(msg), client)
             if record.state == "cancelled":  # again for a repeated cancel: the first message may be lost
                 await self._bus.connection.publish(self._bus.subjects.of("cancelled", record.task_id))
-            await answer(self._bus, client.reply, status_of(record, msg.data))
+            await send_reply(self._bus, client.reply, status_of(record, msg.data))
         except LoomError as error:
-            await answer_error(self._bus, client.reply, error)
+            await send_error(self._bus, client.reply, error)
 
     async def _cancel_task(self, task_id: str, client: "Client") -> TaskRecord:
         """Cancel the task unless it has ended, and return its record.

@@ -25,6 +25,7 @@ from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration_reader import CalibrationReader
 from loom.phases.sense.client_api import CANCELLED, ClientApi, check_accept
 from loom.phases.sense.estimate import estimate_schema, estimate_task, prompt, read_estimate, with_division
+from loom.phases.sense.timings import SenseTimings
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.llm_call import call_llm
 from loom.phases.shared.token_usage import budget_before_run, with_phase_usage
@@ -39,7 +40,6 @@ from loom.schemas.task import Submission, TaskAd, TaskError
 
 log = get_logger()
 
-ESTIMATE_WITHIN_S = 10.0  # then the heuristic is used
 ESTIMATE_TOKENS = 128
 MAX_SUBMISSION_BYTES = MAX_AD_BYTES + 1024
 """Size of an ad at its limit, with submission id and reply subject; longer messages are not decoded further."""
@@ -56,15 +56,29 @@ class Sense:
     """The SENSE service: admits submissions and subtasks, estimates them, and answers requests of clients.
 
     Submissions enter while the number of tasks in flight is below `max_in_flight`; a share is reserved for urgent ones.
+
+    Args:
+        bus: A connected bus.
+        config: Limits of admission and of division.
+        llm: The model that estimates tasks; None: the heuristic alone.
+        timings: Limits of time.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        config: ClusterConfig,
+        llm: LLMProvider | None = None,
+        *,
+        timings: SenseTimings = SenseTimings(),
+    ) -> None:
         self._bus = bus
+        self._timings = timings
         self._config = config
         self._llm = llm
         self._admission = Admission(bus)
         self._checks = CheckPool(bus)
-        self._client_api = ClientApi(bus, self._admission, self._checks)
+        self._client_api = ClientApi(bus, self._admission, self._checks, stranded_after_s=timings.stranded_after_s)
         self._calibrations = CalibrationReader(bus)
         self._capacity = config.max_in_flight
         self._idle_messages = 0
@@ -171,7 +185,7 @@ class Sense:
             max_tokens=ESTIMATE_TOKENS,
             json_schema=estimate_schema(),
         )
-        within_s, budget = min(left_s, ESTIMATE_WITHIN_S), budget_before_run(envelope)
+        within_s, budget = min(left_s, self._timings.estimate_within_s), budget_before_run(envelope)
         answer = await call_llm(self._llm, params, read_estimate, within_s=within_s, budget=budget)
         envelope, estimate = with_phase_usage(envelope, "sense", answer.usage), answer.value
         if estimate is None:

@@ -48,7 +48,7 @@ class _InOrder(Group):
         return sorted(names, key=lambda name: panels.index(getattr(self.commands[name], "rich_help_panel", DAILY)))
 
 
-app = Commands(name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), add_completion=False, pretty_exceptions_enable=False)
+app = Commands(name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), pretty_exceptions_enable=False)
 for command, examples in (
     (up.up, up.EXAMPLES),
     (run.run, run.EXAMPLES),

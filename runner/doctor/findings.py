@@ -8,26 +8,26 @@ Mark = Literal["ok", "warn", "fail"]
 
 
 class Finding(CheckedMessage, frozen=True, kw_only=True, omit_defaults=False):
-    """One thing looked at."""
+    """The result of one check."""
 
     mark: Mark
     about: str
-    """What was looked at: `server`, `clock`, `phase match`, …"""
-    says: str
+    """Subject of the check: `server`, `clock`, `phase match`, …"""
+    message: str
     todo: str = ""
-    """What to do about it; empty where there is nothing to do."""
+    """Steps that remove the fault; empty if none are needed."""
 
 
-def ok(about: str, says: str) -> Finding:
-    """Return a finding that needs nothing."""
-    return Finding(mark="ok", about=about, says=says)
+def ok(about: str, message: str) -> Finding:
+    """Return a finding that needs no action."""
+    return Finding(mark="ok", about=about, message=message)
 
 
-def warn(about: str, says: str, todo: str) -> Finding:
-    """Return a finding that is worth a look."""
-    return Finding(mark="warn", about=about, says=says, todo=todo)
+def warn(about: str, message: str, todo: str) -> Finding:
+    """Return a finding of something that works and needs attention."""
+    return Finding(mark="warn", about=about, message=message, todo=todo)
 
 
-def fail(about: str, says: str, todo: str) -> Finding:
-    """Return a finding that stops work."""
-    return Finding(mark="fail", about=about, says=says, todo=todo)
+def fail(about: str, message: str, todo: str) -> Finding:
+    """Return a finding of something that does not work."""
+    return Finding(mark="fail", about=about, message=message, todo=todo)

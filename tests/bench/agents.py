@@ -16,7 +16,7 @@ world = World(given["seed"], Setting(**given["setting"]))
 
 
 async def work(agent: int, job: RunRequest) -> str:
-    """Do what the dice say: every other failure is an error, the rest are silent."""
+    """Do as the dice decide: every other failure is an error, the rest are silent."""
     number = int(job.task_id.removeprefix("t"))
     if world.score(number, agent):
         return f"task {number} done"

@@ -7,7 +7,7 @@ from support.evidence import store_profile
 from support.wait import until
 
 from bench.bench_cluster import BenchCluster, ad, bench_cluster
-from bench.measure import closed_loop, quantile, said
+from bench.measure import closed_loop, quantile, verdict
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.phases.match import Match
@@ -15,7 +15,7 @@ from loom.phases.match.scoring import Awarded
 from loom.schemas.auction import ANNOUNCED_NODES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 
 HOSTS_FILE = Path(__file__).with_name("hosts.py")
 PROCESSES = 4
@@ -39,12 +39,12 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
         match = Match(bus, ClusterConfig())
         await match.start()
         try:
-            heard = match._directory
+            directory = match._directory
             announced = hosts * -(-nodes_each // ANNOUNCED_NODES)
             await until(
-                lambda: len(heard.awaited_hosts()) == announced, within_s=WITHIN_S, what="all hosts are heard of"
+                lambda: len(directory.awaited_hosts()) == announced, within_s=WITHIN_S, what="all hosts are known"
             )
-            await until(lambda: len(heard.profiles) == len(names), within_s=WITHIN_S, what="all profiles are read")
+            await until(lambda: len(directory.profiles) == len(names), within_s=WITHIN_S, what="all profiles are read")
 
             async def once() -> None:
                 spec = Spec(complexity=0.3, domains=("code",), method="given")
@@ -65,7 +65,7 @@ async def _start_hosts(running: BenchCluster, hosts: int, nodes_each: int) -> li
     for number in range(processes):
         here = hosts // processes + (number < hosts % processes)
         words = (sys.executable, str(HOSTS_FILE), str(here), str(nodes_each), f"p{number}")
-        await running.start(f"hosts {number}", *words, says="here")
+        await running.start(f"hosts {number}", *words, output="here")
         names += [f"p{number}-{host}-{node}" for host in range(here) for node in range(nodes_each)]
     return names
 
@@ -82,7 +82,7 @@ async def many_hosts(*, quick: bool) -> None:
     """Auctions with 2 to 200 hosts of one node each."""
     for hosts in HOSTS:
         p50, p99 = await auction(hosts, 1, 100 if quick else 500)
-        promised = f"  ({said(p50 < MOST_P50_MS)}: p50 < {MOST_P50_MS:.0f} ms)" if hosts == HOSTS[-1] else ""
+        promised = f"  ({verdict(p50 < MOST_P50_MS)}: p50 < {MOST_P50_MS:.0f} ms)" if hosts == HOSTS[-1] else ""
         print(f"{hosts:5} hosts, a node each: p50 {p50:7.2f} ms, p99 {p99:7.2f} ms{promised}", flush=True)
 
 
@@ -92,7 +92,7 @@ async def many_nodes(*, quick: bool) -> None:
     for nodes in NODES:
         p50, p99 = await auction(ON, nodes // ON, 100 if quick else 500)
         first = first or p50
-        kept = said(p50 / first <= MOST_TIMES_DEARER)
+        kept = verdict(p50 / first <= MOST_TIMES_DEARER)
         promised = f", {p50 / first:.1f} times {NODES[0]}" if nodes != NODES[0] else ""
         promised += f"  ({kept}: ≤ {MOST_TIMES_DEARER:.0f} times)" if nodes == NODES[-1] else ""
         print(f"{nodes:5} nodes on {ON} hosts: p50 {p50:7.2f} ms, p99 {p99:7.2f} ms{promised}", flush=True)

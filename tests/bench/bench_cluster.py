@@ -37,8 +37,8 @@ class BenchCluster:
         """Whether tasks are handed in by a request to `loom.submit`, instead of being stored and followed."""
         self._folder, self._stack, self._environment = folder, stack, environment
 
-    async def start(self, name: str, *words: str, says: str, **environment: str) -> Command:
-        """Start a process and return once it says so."""
+    async def start(self, name: str, *words: str, output: str, **environment: str) -> Command:
+        """Start a process and return once it prints that output."""
         running = await self._stack.enter_async_context(
             command(
                 self._folder,
@@ -50,7 +50,7 @@ class BenchCluster:
                 **environment,
             )
         )
-        await running.says(says)
+        await running.wait_for_output(output)
         self.processes[name] = running.process.pid
         return running
 
@@ -59,16 +59,16 @@ class BenchCluster:
         address = self.url
         if together:
             words, environment = (LOOM, {}) if profile is None else (PROFILED, {"BENCH_PROFILE": str(profile)})
-            await self.start("phases", *words, "phase", "run", *PHASES, says=f" on {address}", **environment)
+            await self.start("phases", *words, "phase", "run", *PHASES, output=f" on {address}", **environment)
             return
         for phase in PHASES:
-            await self.start(phase, *LOOM, "phase", "run", phase, says=f"{phase} on {address}")
+            await self.start(phase, *LOOM, "phase", "run", phase, output=f"{phase} on {address}")
 
     async def hosts(self) -> None:
         """Start two hosts with an agent each that does nothing."""
         for number in range(1, HOSTS + 1):
             words = (*LOOM, "host", "run", str(HERE / "noop.py"), "--slots", str(SLOTS))
-            await self.start(f"host {number}", *words, says=f" on {self.url}", BENCH_NODES=f"n{number}")
+            await self.start(f"host {number}", *words, output=f" on {self.url}", BENCH_NODES=f"n{number}")
 
     async def connect(self) -> None:
         """Connect the client, and begin to count what this process takes."""

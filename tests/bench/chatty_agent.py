@@ -1,4 +1,4 @@
-"""An agent that says as many pieces as the task's context asks for, as fast as they are taken; for `loom host run`."""
+"""An agent that yields as many pieces as the task's context asks for, without a pause; for `loom host run`."""
 
 from collections.abc import AsyncIterator
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from support.command import LOOM
 
 from bench.bench_cluster import SLOTS, WITHIN_S, BenchCluster, bench_cluster
-from bench.measure import cpu_s, said
+from bench.measure import cpu_s, verdict
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.schemas.events import TextDelta
@@ -26,12 +26,12 @@ ON_ONE, ON_MANY = 90_000, 1000
 
 
 def piece(number: int) -> str:
-    """Return the text of a piece: three characters that tell it from its neighbours."""
+    """Return the text of a piece: three characters that distinguish it from its neighbours."""
     return f"{number % 1000:03}"
 
 
 @dataclass(frozen=True)
-class Heard:
+class ReceivedDeltas:
     """What a client has got."""
 
     pieces: int
@@ -42,8 +42,8 @@ class Heard:
     ended: float
 
 
-async def listen(bus: Bus, pieces: int) -> Heard:
-    """Have one task say so many pieces, and return what has come of them."""
+async def listen(bus: Bus, pieces: int) -> ReceivedDeltas:
+    """Have one task yield so many pieces, and return what has come of them."""
     began = time.perf_counter()  # the handing in is part of it: what waits to be read counts for nothing
     ad = TaskAd(domain="talk", description="talk", estimated_complexity=0.3, context={"pieces": pieces})
     handle = await task_client.publish(bus, ad)
@@ -58,21 +58,21 @@ async def listen(bus: Bus, pieces: int) -> Heard:
         raise RuntimeError(f"a task failed: {result.error}")
     text = "".join(texts)
     whole = text == "".join(piece(number) for number in range(pieces))
-    return Heard(pieces=len(text) // 3, messages=len(texts), whole=whole, began=began, ended=ended)
+    return ReceivedDeltas(pieces=len(text) // 3, messages=len(texts), whole=whole, began=began, ended=ended)
 
 
 async def rate(running: BenchCluster, count: int, pieces: int) -> str:
-    """Return what is to be said of so many tasks side by side."""
+    """Return a report of so many tasks side by side."""
     before = {name: cpu_s(pid) for name, pid in running.processes.items()}
-    heard = await asyncio.gather(*(listen(running.bus, pieces) for _ in range(count)))
+    received = await asyncio.gather(*(listen(running.bus, pieces) for _ in range(count)))
     took = {name: 1e6 * (cpu_s(pid) - before[name]) / count / pieces for name, pid in running.processes.items()}
-    seconds = max(each.ended for each in heard) - min(each.began for each in heard)
-    got, messages = sum(each.pieces for each in heard), sum(each.messages for each in heard)
-    broken, lost = sum(not each.whole for each in heard), count * pieces - got
+    seconds = max(each.ended for each in received) - min(each.began for each in received)
+    got, messages = sum(each.pieces for each in received), sum(each.messages for each in received)
+    broken, lost = sum(not each.whole for each in received), count * pieces - got
     per_s = got / seconds
-    order = f"{lost} LOST, {broken} of {count} tasks not as said" if broken else "in order, none lost"
+    order = f"{lost} LOST, {broken} of {count} tasks not as sent" if broken else "in order, none lost"
     cpu = "CPU µs each: " + ", ".join(f"{name} {each:.0f}" for name, each in took.items())
-    kept = said(per_s >= WANTED_PER_S and not broken)
+    kept = verdict(per_s >= WANTED_PER_S and not broken)
     return f"{per_s:8,.0f} deltas/s in {messages:,} messages, {order}  ({kept}: ≥ {WANTED_PER_S:,}); {cpu}"
 
 
@@ -88,12 +88,12 @@ async def deaf_client(url: str) -> AsyncIterator[None]:
 
 
 async def many_deltas(*, quick: bool) -> None:
-    """Deltas a second on one task, on a hundred, and beside a client that does not read."""
+    """Deltas a second on one task, on a hundred, and next to a client that does not read."""
     scale = 10 if quick else 1
     async with bench_cluster() as running:
         await running.phases()
         words = (*LOOM, "host", "run", str(CHATTY_AGENT), "--slots", str(SLOTS))
-        await running.start("host", *words, says=f" on {running.url}")
+        await running.start("host", *words, output=f" on {running.url}")
         await running.connect()
         await rate(running, 1, 100)
         print("on one task:             ", await rate(running, 1, ON_ONE // scale), flush=True)

@@ -38,7 +38,11 @@ async def three() -> AsyncIterator[tuple[str, int]]:
 
 async def durability(*, quick: bool) -> None:
     """Throughput and time of a task on one server, on one that flushes every write, on three with three copies."""
-    for said, serving, copies in (("one server", one(), 1), ("one, flushing", one("always"), 1), ("three", three(), 3)):
+    for label, serving, copies in (
+        ("one server", one(), 1),
+        ("one, flushing", one("always"), 1),
+        ("three", three(), 3),
+    ):
         async with serving as (url, pid), AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             running = BenchCluster(url, pid, folder, stack, LOOM_REPLICAS=str(copies))
@@ -49,6 +53,6 @@ async def durability(*, quick: bool) -> None:
             alone = await load(running, ALONE, 1)
             many = await load(running, QUICK_TASKS if quick else TASKS, AT_ONCE)
             print(
-                f"{said:14} {many.per_s:6,.0f} tasks/s with {AT_ONCE} under way; p50 alone {alone.p50_ms:6.2f} ms;"
+                f"{label:14} {many.per_s:6,.0f} tasks/s with {AT_ONCE} under way; p50 alone {alone.p50_ms:6.2f} ms;"
                 f" server {many.cpu_us['server']:,.0f} µs a task"
             )

@@ -13,7 +13,7 @@ from statistics import median
 from support.wait import until
 
 from bench.bench_cluster import BenchCluster, ad, whole_loop
-from bench.measure import cpu_s, rss_mb, said
+from bench.measure import cpu_s, rss_mb, verdict
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import new_id
@@ -39,15 +39,15 @@ async def start_up(*, quick: bool) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LOOM_", "NATS_", "OPENAI_"))}
     times = []
     for _ in range(2 if quick else STARTS + 1):
-        told = await asyncio.to_thread(
+        finished = await asyncio.to_thread(
             subprocess.run, [sys.executable, str(FIRST)], capture_output=True, text=True, check=True, env=kept
         )
-        times.append([float(word) for word in told.stdout.split()])
+        times.append([float(word) for word in finished.stdout.split()])
     imports, firsts = zip(*times[1:], strict=True)  # the first one warms the binary
     took = median(firsts)
     print(
         f"Runtime() to first result: {took:.0f} ms ({min(firsts):.0f} to {max(firsts):.0f}), after an import of"
-        f" {median(imports):.0f} ms  ({said(took <= MOST_START_MS)}: ≤ {MOST_START_MS:.0f} ms)"
+        f" {median(imports):.0f} ms  ({verdict(took <= MOST_START_MS)}: ≤ {MOST_START_MS:.0f} ms)"
     )
 
 
@@ -61,7 +61,7 @@ async def idle(*, quick: bool) -> None:
         await asyncio.sleep(seconds)
         for name, pid in running.processes.items():
             share, size = (cpu_s(pid) - before[name]) / seconds, rss_mb(pid)
-            kept = said(share < MOST_IDLE and size < MOST_IDLE_MB)
+            kept = verdict(share < MOST_IDLE and size < MOST_IDLE_MB)
             promised = f"  ({kept}: < {MOST_IDLE:.0%}, < {MOST_IDLE_MB:.0f} MB)" if name == "phases" else ""
             print(f"idle, {name:10} {share:6.1%} of a core, {size:4.0f} MB{promised}")
 
@@ -119,7 +119,7 @@ class Feed:
 
 
 async def backlog(*, quick: bool, queued: int) -> None:
-    """Throughput and the phases' memory with a long queue, beside those with 1,000 under way."""
+    """Throughput and the phases' memory with a long queue, next to those with 1,000 under way."""
     queued = min(queued, QUICK_BACKLOG) if quick else queued
     window = QUICK_WINDOW_S if quick else WINDOW_S
     async with whole_loop() as running:
@@ -128,7 +128,7 @@ async def backlog(*, quick: bool, queued: int) -> None:
         await feed.keep(USUAL, USUAL)
         tasks, cpu = USUAL * (2 if quick else 5), _cpu(running)
         usual = await feed.keep(USUAL, tasks)
-        usual_cpu = _told(running, cpu, tasks)
+        usual_cpu = _cpu_report(running, cpu, tasks)
         sizes = [rss_mb(running.processes["phases"])]
         before = feed.results
         await feed.queue(queued)
@@ -143,8 +143,8 @@ async def backlog(*, quick: bool, queued: int) -> None:
         print(f"{USUAL:7,} under way: {usual:6,.0f} tasks/s, phases {sizes[0]:.0f} MB; {usual_cpu}")
         print(
             f"{left:7,} queued:    {rate:6,.0f} tasks/s, {rate / usual:.2f} of that "
-            f" ({said(rate >= WORTH * usual)}: ≥ {WORTH}), phases at most {max(sizes):.0f} MB;"
-            f" {_told(running, cpu, done)}"
+            f" ({verdict(rate >= WORTH * usual)}: ≥ {WORTH}), phases at most {max(sizes):.0f} MB;"
+            f" {_cpu_report(running, cpu, done)}"
         )
 
 
@@ -152,7 +152,7 @@ def _cpu(running: BenchCluster) -> dict[str, float]:
     return {name: cpu_s(pid) for name, pid in running.processes.items()}
 
 
-def _told(running: BenchCluster, before: dict[str, float], tasks: int) -> str:
+def _cpu_report(running: BenchCluster, before: dict[str, float], tasks: int) -> str:
     """Return the words for what a task has taken since, by process."""
     took = {name: 1e6 * (now - before[name]) / max(tasks, 1) for name, now in _cpu(running).items()}
     return "CPU µs a task: " + ", ".join(f"{name} {each:,.0f}" for name, each in took.items())

@@ -29,7 +29,8 @@ from loom.phases.match.award_policies import POLICIES, load_policy
 from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 AGENTS, DOMAINS, TASKS = 8, 6, 3000
@@ -73,7 +74,7 @@ class Setting:
 
 
 class World:
-    """Who does what how well, and how each task would go: the same for the same seed, whoever plays in it."""
+    """Who does what how well, and how each task would go: the same for one random seed, whatever policy plays."""
 
     def __init__(self, seed: int, setting: Setting) -> None:
         dice = Random(seed)
@@ -107,7 +108,7 @@ class World:
         return self.setting.drop if dropped else self._skills[agent][domain]
 
     def score(self, number: int, agent: int) -> float:
-        """What is said of an agent's work on a task: 1 or 0, and sometimes the wrong one."""
+        """The verdict of the judge on an agent's work on a task: 1 or 0, and sometimes the wrong one."""
         domain, luck, judgement = self._draws[number]
         return float((luck < self.skill(number, agent, domain)) != (judgement < self.setting.flip))
 
@@ -154,7 +155,7 @@ class Player(Protocol):
         ...
 
     def learn(self, number: int, agent: int, score: float) -> None:
-        """Hear how it went."""
+        """Learn the result of a task."""
         ...
 
 
@@ -197,29 +198,29 @@ class Learner:
 
 
 class StaticClaims:
-    """Believes what everybody said of themselves when they came, which was the truth."""
+    """Believes the claims of all agents at their arrival, which were true."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._told: list[list[float]] = []
+        self._claims: list[list[float]] = []
 
     def choose(self, number: int) -> int:
         world, domain = self._world, self._world.domain(number)
-        for agent in range(len(self._told), world.agents(number)):
-            self._told.append([world.skill(number, agent, each) for each in range(DOMAINS)])
-        return max(range(len(self._told)), key=lambda agent: self._told[agent][domain])
+        for agent in range(len(self._claims), world.agents(number)):
+            self._claims.append([world.skill(number, agent, each) for each in range(DOMAINS)])
+        return max(range(len(self._claims)), key=lambda agent: self._claims[agent][domain])
 
     def learn(self, number: int, agent: int, score: float) -> None:
         """Learn nothing."""
 
 
-class SeedFormula:
-    """The seed's .4 capability + .2 success rate, moving averages (.3) of its reward; it never explores.
+class LegacyFormula:
+    """Loom-agent 0.6: .4 capability + .2 success rate, moving averages (.3) of its reward; it never explores.
 
-    It hears how every task went, of which its reward makes .85 for a success and .3 for a failure.
+    It learns the result of every task, of which its reward makes .85 for a success and .3 for a failure.
 
     Args:
-        knowing: Whether capabilities begin as what they truly are, which no other policy is told; else as .5.
+        knowing: Whether capabilities begin as what they truly are, which no other policy knows; else as .5.
     """
 
     ALPHA, WON, LOST = 0.3, 0.85, 0.3
@@ -247,8 +248,8 @@ class SeedFormula:
 
 def players() -> dict[str, Callable[[World], Player]]:
     own: dict[str, Callable[[World], Player]] = {name: partial(Learner, name) for name in POLICIES}
-    knowing = partial(SeedFormula, knowing=True)
-    return {**own, "seed formula": SeedFormula, "told: seed": knowing, "told: claims": StaticClaims}
+    knowing = partial(LegacyFormula, knowing=True)
+    return {**own, "0.6 formula": LegacyFormula, "0.6, informed": knowing, "static claims": StaticClaims}
 
 
 def play(name: str, world: World) -> list[int]:

@@ -1,9 +1,9 @@
-"""What the loop costs beside the bus it runs on: `python tests/bench/loop.py`, or `make bench`.
+"""What the loop costs compared with the bus it runs on: `python tests/bench/loop.py`, or `make bench`.
 
 A task through the whole loop (an auction, a claim, a run that does nothing on one of two node hosts, a record, a
-reward, what is learned of it) beside a message through six no-op hops: written on nats-py alone as fast as it goes
-(`raw pipe`), and by FastStream. Each is started afresh on a server of its own, one after the other, in rounds; what is
-printed are medians over the rounds, and each figure's ratio to the raw pipe of the same round.
+reward, what is learned of it) compared with a message through six no-op hops: written on nats-py alone as fast as it
+goes (`raw pipe`), and by FastStream. Each is started afresh on a server of its own, one after the other, in rounds;
+what is printed are medians over the rounds, and each figure's ratio to the raw pipe of the same round.
 
 This process publishes the tasks with `loom.bus.task_client.publish`, without deltas and with a constant number under
 way: what `Runtime.submit` does, less a layer. `--by-request` sends requests to `loom.submit` instead, which take less
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import faststream_chain, profiling
 from bench.bench_cluster import of_phases, whole_loop
-from bench.measure import Contender, Load, load, middle, said
+from bench.measure import Contender, Load, load, middle, verdict
 from bench.raw_pipe import raw_pipe
 from loom.runner import log_output
 from loom.runner.cli.entry import run_to_end
@@ -137,8 +137,8 @@ def report(rounds: Sequence[Round]) -> Iterator[str]:
     yield f"{f'CPU µs a task, {USUAL} in flight:':32}{'all':>10}"
     for name in names:
         split = middle([each[name][USUAL].cpu_us for each in rounds])
-        told = ", ".join(f"{process} {took:,.0f}" for process, took in split.items())
-        yield f"  {name:30}{cells(name, [(USUAL, cpu_us)], ',.0f')}  {told}"
+        parts = ", ".join(f"{process} {took:,.0f}" for process, took in split.items())
+        yield f"  {name:30}{cells(name, [(USUAL, cpu_us)], ',.0f')}  {parts}"
     yield ""
     yield f"memory in MB, after {IN_FLIGHT[-1]:,} in flight"
     for name in names:
@@ -154,7 +154,7 @@ def checks(rounds: Sequence[Round]) -> Iterator[str]:
             continue
         value = figure(rounds)
         kept = value >= limit if at_least else value <= limit
-        yield f"  {said(kept)} {words}: {value:.2f}"
+        yield f"  {verdict(kept)} {words}: {value:.2f}"
 
 
 async def whole(contenders: Contest, rounds: int, tasks: int, single: int) -> None:

@@ -92,7 +92,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def said(kept: bool) -> str:
+def verdict(kept: bool) -> str:
     """Return the word for a promise that is kept, or is not."""
     return "pass" if kept else "MISS"
 

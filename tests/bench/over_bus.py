@@ -24,7 +24,7 @@ from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import PhaseGroup
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 FILE = Path(__file__).with_name("agents.py")
@@ -51,7 +51,7 @@ class Cluster:
     scores: dict[int, float] = field(default_factory=dict)
 
     async def host(self, agents: Sequence[int]) -> None:
-        """Start agents in a process of their own; returns once MATCH has heard of them."""
+        """Start agents in a process of their own; returns once MATCH knows them."""
         given = {"seed": self.world.seed, "agents": list(agents), "setting": asdict(self.world.setting)}
         environment = {
             "NATS_URL": self.url,
@@ -64,7 +64,7 @@ class Cluster:
         await until(
             lambda: all(self.match._directory.host_of(str(agent)) for agent in agents),
             within_s=WITHIN_S,
-            what=f"MATCH has heard of {agents}; {[each.read_text() for each in self.folder.glob('*.err')]}",
+            what=f"MATCH knows {agents}; {[each.read_text() for each in self.folder.glob('*.err')]}",
         )
 
     async def play(self, at_once: int = 1) -> list[int]:
@@ -131,7 +131,7 @@ async def cluster(url: str, world: World, config: ClusterConfig = CONFIG) -> Asy
 
 async def one_at_a_time(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
     """Return whom a policy awards each task of a world to, when nothing is under way meanwhile and all are free."""
-    with patch("loom.phases.match.scoring.AWARD_TO_RUN_S", 0.0):  # an award of a moment ago is over, and is no load
+    with patch("loom.phases.match.scoring.AWARD_TO_RUN_S", 0.0):  # an award of a moment ago is over, and is not a load
         async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
             return await running.play()
 
@@ -143,7 +143,7 @@ async def side_by_side(url: str, world: World, policy: str = "glr_ucb", *, at_on
 
 
 async def compare(policies: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int]) -> None:
-    """Print what the policies do over a bus, beside what they do without one."""
+    """Print what the policies do over a bus, next to what they do without one."""
     log_output.configure("error")
     print(HEAD)
     server = NatsServer()

@@ -41,8 +41,8 @@ async def profile(file: Path, tasks: int, at_once: int) -> None:
 def largest(file: Path, cpu_us: float) -> Iterator[str]:
     """Yield the largest items of a profile, by module and by function, as shares of `cpu_us` for each task."""
     for kind, shares in zip(("module", "function"), _shares(_table(file)), strict=True):
-        told = (f"{name} {share:.0%} (≈ {share * cpu_us:.0f} µs)" for name, share in shares.most_common(LARGEST))
-        yield f"{kind:9} {', '.join(told)}"
+        parts = (f"{name} {share:.0%} (≈ {share * cpu_us:.0f} µs)" for name, share in shares.most_common(LARGEST))
+        yield f"{kind:9} {', '.join(parts)}"
 
 
 def top(file: Path) -> None:
@@ -88,7 +88,7 @@ def _name(function: Function) -> str:
 
 
 async def largest_left(file: Path | None, tasks: int, at_once: int, cpu_us: float) -> list[str]:
-    """Profile the phases, keep that in `file` if one is given, and return what is to be said of it."""
+    """Profile the phases, keep that in `file` if one is given, and return a report of it."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "phases.prof"
         await profile(made, tasks, at_once)

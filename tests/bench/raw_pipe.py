@@ -94,7 +94,7 @@ class RawPipe:
         await self._nc.publish(f"raw.{hop}", body, reply)
 
     async def _on_message(self, msg: Msg) -> None:
-        if msg.headers is not None:  # only what the server itself says has any
+        if msg.headers is not None:  # only messages of the server itself have any
             self._fail(f"a pull was refused: {msg.headers}")
             return
         hop = int(msg.subject[4:])
@@ -124,7 +124,7 @@ class RawPipe:
         await self._nc.publish(call, b'{"batch":%d}' % BATCH, f"{self._pull}.{hop}")
 
     async def state(self) -> dict[str, Any]:
-        """Return what the server says of the stream."""
+        """Return what the server reports of the stream."""
         info = await self._api(f"STREAM.INFO.{STREAM}", {})
         state: dict[str, Any] = info["state"]
         return state

@@ -10,6 +10,7 @@ from support.phase_harness import Stage
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer
+from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
 
 
@@ -69,7 +70,13 @@ async def phases() -> AsyncIterator[Phases]:
 
 
 @pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+def timings() -> ServiceTimings:
+    """The times of the services of `stage`; a test module may replace this fixture."""
+    return ServiceTimings()
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str, timings: ServiceTimings) -> AsyncIterator[Stage]:
     """A namespace with its streams, in which a test starts phases and hosts and reads every message."""
-    async with Stage(nats_url, namespace) as stage:
+    async with Stage(nats_url, namespace, timings) as stage:
         yield stage

@@ -19,7 +19,8 @@ from loom.bus.tap import Tap
 from loom.bus.task_client import TaskHandle
 from loom.schemas.base import encode
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import Delta
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -101,7 +102,7 @@ async def test_ten_thousand_dropped_handles_leave_no_subscription_and_no_memory(
     await publish_and_drop(bus, 10_000)
 
 
-async def test_a_dropped_handle_takes_the_progress_it_kept_with_it(plain: Bus) -> None:
+async def test_the_progress_a_dropped_handle_kept_is_freed_with_it(plain: Bus) -> None:
     before = await held(plain)
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)

@@ -9,8 +9,11 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.identity import node_key
-from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.profile import WINDOW, NodeProfile
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
@@ -30,7 +33,7 @@ async def learned(stage: Stage, total: int, node: str = "n1") -> NodeProfile:
 
 
 async def refolded(stage: Stage, node: str = "n1") -> NodeProfile:
-    """Return what the stream itself says of a node, folded from the beginning."""
+    """Return the profile of a node by the stream itself, folded from the beginning."""
     known = NodeProfile(node_id=node)
     stream = stage.bus.subjects.stream("REWARDS")
     last = (await stage.bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
@@ -67,7 +70,7 @@ def tasks_named(stage: Stage, node: str = "n1") -> set[str]:
     return {task for news in stage.all("lifecycle", kind="learned", node_id=node) for task in news.task_ids}
 
 
-async def test_a_reward_becomes_a_profile_and_is_told(stage: Stage) -> None:
+async def test_a_reward_becomes_a_profile_and_is_published(stage: Stage) -> None:
     await stage.phase("adapt")
     await publish(stage, reward(1, score=0.25))
     news = await stage.seen("lifecycle", kind="learned", node_id="n1")
@@ -92,7 +95,7 @@ async def test_a_storm_is_folded_whole_and_written_in_few_batches(stage: Stage) 
     await until(lambda: len(tasks_named(stage)) == 600, what="every task is named")
 
 
-async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rewards_that_come_during_a_write_are_written_next(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt: Any = await stage.phase("adapt")
     entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
@@ -130,7 +133,7 @@ async def test_each_node_has_a_profile_of_its_own(stage: Stage) -> None:
         assert await learned(stage, 10, f"n{n}") == await refolded(stage, f"n{n}")
 
 
-async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage) -> None:
+async def test_a_revised_score_replaces_its_twin_and_is_published_again(stage: Stage) -> None:
     await stage.phase("adapt")
     await publish(stage, reward(1, score=1.0))
     await stage.seen("lifecycle", kind="learned")
@@ -142,7 +145,7 @@ async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage)
     assert (stored.total_tasks, stored.domains["code"].mean, stored.last_seq) == (1, 0.25, 2)
 
 
-async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage: Stage) -> None:
+async def test_garbage_on_the_reward_bus_changes_no_profile_and_stops_no_replica(stage: Stage) -> None:
     await stage.phase("adapt")
     subjects = stage.bus.subjects
     await stage.bus.jetstream.publish(subjects.of("reward", "rules", "local", "n1", "code"), b"\xff not a reward")
@@ -157,7 +160,7 @@ async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage:
     assert await profile(stage, "n2") is None
 
 
-async def test_only_adapt_publishes_inheritances_and_only_what_its_subject_says_counts(stage: Stage) -> None:
+async def test_only_adapt_publishes_inheritances_and_only_their_subject_counts(stage: Stage) -> None:
     adapt = await stage.phase("adapt")
     subjects = stage.bus.subjects
     await publish(stage, reward(1, kind="inherit", source="person"), reward(2, kind="snapshot", source="rules"))
@@ -203,8 +206,8 @@ async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) 
     assert stored.total_tasks == 16
 
 
-async def test_a_drain_writes_what_is_folded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.adapt.service.BATCH_S", 60)
+async def test_a_drain_writes_what_is_folded(stage: Stage) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(batch_s=60))
     adapt: Any = await stage.phase("adapt")
     await publish(stage, reward(1))
     await until(lambda: adapt.service._profiles, what="it is folded")
@@ -235,9 +238,9 @@ async def at_the_end(stage: Stage) -> bool:
 
 
 @pytest.fixture
-async def replicas(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+async def replicas(stage: Stage) -> list[Replica]:
     """Two replicas; a standby looks after 0.2 s."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.2)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.2))
     return [await stage.phase("adapt"), await stage.phase("adapt")]
 
 
@@ -283,7 +286,7 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
 
 async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.1)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.1))
     slow: Any = await stage.phase("adapt")
     entered, go = hold(slow, monkeypatch)
     await publish(stage, reward(1))
@@ -312,14 +315,14 @@ async def put_profile(stage: Stage, wanted: NodeProfile) -> None:
 
 
 @pytest.mark.parametrize("last_seq", [4, 2**50])
-async def test_a_profile_beyond_the_stream_is_not_believed_at_the_start(stage: Stage, last_seq: int) -> None:
+async def test_a_profile_beyond_the_stream_is_refused_at_the_start(stage: Stage, last_seq: int) -> None:
     await publish(stage, *(reward(n) for n in range(3)))
     await put_profile(stage, forged(last_seq))
     await stage.phase("adapt")
     assert await rebuilt(stage, 3) == await refolded(stage)
 
 
-async def test_what_is_stored_of_a_node_is_kept_where_the_stream_was_lost(stage: Stage) -> None:
+async def test_the_stored_profile_of_a_node_is_kept_where_the_stream_was_lost(stage: Stage) -> None:
     await put_profile(stage, forged(4))
     await stage.phase("adapt")
     await publish(stage, reward(1))
@@ -328,7 +331,7 @@ async def test_what_is_stored_of_a_node_is_kept_where_the_stream_was_lost(stage:
 
 
 @pytest.mark.parametrize("last_seq", [100, 2**50])
-async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: Stage, last_seq: int) -> None:
+async def test_a_profile_beyond_the_stream_is_refused_later_too(stage: Stage, last_seq: int) -> None:
     await publish(stage, reward(1))
     await stage.phase("adapt")
     await learned(stage, 1)
@@ -337,7 +340,7 @@ async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: S
     assert await rebuilt(stage, 3) == await refolded(stage)
 
 
-async def test_what_sense_is_off_by_starts_at_nothing_where_it_claims_more_than_the_stream_holds(stage: Stage) -> None:
+async def test_a_calibration_that_claims_more_than_the_stream_holds_starts_empty(stage: Stage) -> None:
     bucket = stage.bus.bucket("tuning", Calibration)
     await bucket.update(f"{BIAS}code", Calibration(domain_token="code", bias=0.9, count=99, last_seq=2**50), 0)
     await stage.phase("adapt")

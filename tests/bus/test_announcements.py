@@ -16,8 +16,8 @@ from support.wait import until
 from loom.agents.host import announce_pace
 from loom.agents.host.announce_pace import AnnouncePace
 from loom.agents.host.announcement import announced_node, fit_size
-from loom.agents.host.node_host import ANNOUNCE_S
 from loom.agents.host.node_partition import NodePartition
+from loom.agents.host.timings import HostTimings
 from loom.bus.host_directory import announced_hosts
 from loom.schemas.auction import (
     ANNOUNCED_NAMES,
@@ -67,7 +67,7 @@ def test_an_announcement_that_is_too_long_names_the_nodes_alone() -> None:
 # -- when
 
 
-async def test_a_host_that_drains_says_so_three_times_under_rising_numbers(stage: Stage) -> None:
+async def test_a_draining_host_announces_it_three_times_under_rising_numbers(stage: Stage) -> None:
     host = await stage.host([node("n1", echo)])
     await host.drain(0)
     await until(lambda: sum(one.draining for one in stage.all("host")) == 3, what="three announcements")
@@ -77,11 +77,10 @@ async def test_a_host_that_drains_says_so_three_times_under_rising_numbers(stage
 
 @pytest.mark.slow
 async def test_requests_for_announcements_are_answered_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(announce_pace, "RANDOM_DELAY_S", 0.01)
-    monkeypatch.setattr(announce_pace, "EVERY_S", 0.2)
+    timings = HostTimings(requested_announce_s=0.2, max_announce_delay_s=0.01)
     monkeypatch.setattr(announce_pace, "BURST", 2)
     answers: list[float] = []
-    pace = AnnouncePace(lambda: answers.append(time.monotonic()))
+    pace = AnnouncePace(lambda: answers.append(time.monotonic()), timings)
     began = time.monotonic()
     while time.monotonic() < began + 0.7:
         pace.request()
@@ -100,10 +99,12 @@ async def test_a_node_that_refused_a_run_is_announced_once_it_has_room(stage: St
 
     host = await stage.host([node("n1", held)], slots=1, backlog=0)
     for task, answer in (("t1", "accepted"), ("t2", "rejected")):
-        await (await run(stage, host, task_id=task)).heard(answer)  # type: ignore[arg-type]
+        await (await run(stage, host, task_id=task)).event(answer)  # type: ignore[arg-type]
     before = len(stage.all("host"))
     go.set()
-    await until(lambda: len(stage.all("host")) > before, within_s=ANNOUNCE_S / 2, what="one before it is due")
+    await until(
+        lambda: len(stage.all("host")) > before, within_s=HostTimings.announce_s / 2, what="one before it is due"
+    )
 
 
 # -- more nodes than one announcement holds
@@ -141,7 +142,7 @@ def test_a_node_stays_with_its_host_as_others_come_and_go() -> None:
 # -- owners
 
 
-async def test_a_host_of_an_owner_speaks_under_its_own_subjects(stage: Stage) -> None:
+async def test_a_host_of_an_owner_publishes_under_its_own_subjects(stage: Stage) -> None:
     bus = await stage.connect("node", identity=Identity(owner="acme"))
     host = await stage.host([node("n1", echo), node("n2", echo)], bus=bus)
     [one] = await announced_hosts(stage.bus, 0.3)

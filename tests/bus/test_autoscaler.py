@@ -19,9 +19,9 @@ async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage)
     await here.occupy("a", agent)
     reply = await here.spawn(tools=("pdf",))
     assert (reply.node_id, reply.decline) == ("a-c1", None)
-    said = await here.announces("a", "a-c1")
-    assert (said.can_spawn, said.busy, said.slots) == (True, ("a",), 2)
-    [state] = said.spawned
+    announcement = await here.announces("a", "a-c1")
+    assert (announcement.can_spawn, announcement.busy, announcement.slots) == (True, ("a",), 2)
+    [state] = announcement.spawned
     assert (state.node_id, state.parent_id, state.retiring) == ("a-c1", "a", False)
     news = await stage.seen("lifecycle", kind="spawned", node_id="a-c1", within_s=WITHIN_S)
     assert (news.host_id, news.reason) == (here.host.host_id, "clone of a: saturated in code")
@@ -43,7 +43,7 @@ def expert(*tools: str) -> CapabilityProfile:
     return CapabilityProfile(scores={"code": 0.9, "cooking": 0.1}, tools=list(tools))
 
 
-async def test_it_declines_what_it_cannot_or_need_not_or_may_not_start(stage: Stage) -> None:
+async def test_a_host_declines_clones_it_cannot_or_need_not_or_may_not_start(stage: Stage) -> None:
     agent = HeldAgent()
     here = await start_spawning_host(stage, [node("a", agent, code=0.9)], 2, slots=1)
     assert (await here.spawn()).decline == "idle"
@@ -98,7 +98,7 @@ async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: St
     queued = await here.run("a-c1")
     assert (await here.retire("a-c1", when_idle=True)).decline == "busy"
     assert (await here.retire("a-c1")).decline is None
-    assert (await here.retire("a-c1")).decline is None  # told again, it goes on as it was
+    assert (await here.retire("a-c1")).decline is None  # a repeated request changes nothing
     changed = await stage.seen("lifecycle", kind="changed", node_id="a-c1", within_s=WITHIN_S)
     assert changed.reason == "takes no more work: a test"
     assert [one.node_id for one in here.bids().bids] == ["a"]
@@ -111,20 +111,20 @@ async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: St
     assert retired.reason == "a test"
     assert len(stage.all("lifecycle", kind="changed")) == len(stage.all("lifecycle", kind="retired")) == 1
     gone = await here.run("a-c1")
-    assert (gone[0].kind, gone[0].code) == ("rejected", "busy")  # an award on its way is nobody's fault
+    assert (gone[0].kind, gone[0].code) == ("rejected", "busy")  # an award on its way is not a fault
     never = await here.run("a-c9")
     assert (never[0].kind, never[0].code) == ("rejected", "unqualified")
     assert (await here.retire("a-c1")).decline == "unknown"
 
 
-async def test_an_original_is_never_let_go(stage: Stage) -> None:
+async def test_an_original_node_never_retires(stage: Stage) -> None:
     here = await start_spawning_host(stage, [node("a", echo)], 2)
     assert (await here.retire("a")).decline == "permanent"
     assert here.names() == ["a"]
 
 
 class Skills:
-    """A source of one node for texts that say its word."""
+    """A source of one node for texts that contain its word."""
 
     def __init__(self, agent: HeldAgent, *tools: str) -> None:
         self.asked = 0
@@ -135,7 +135,7 @@ class Skills:
         return self._node if "sql" in wanted.description else None
 
 
-async def test_a_skill_becomes_a_node_where_nobody_can_and_is_a_child_like_any_other(stage: Stage) -> None:
+async def test_a_skill_becomes_a_node_where_no_node_can_and_is_an_ordinary_child(stage: Stage) -> None:
     agent = HeldAgent()
     here = await start_spawning_host(stage, [], 9, Skills(agent, "db"), slots=1)
     assert here.bids().decline == "unqualified"
@@ -160,7 +160,7 @@ async def test_a_skill_becomes_a_node_where_nobody_can_and_is_a_child_like_any_o
     assert (await here.spawn(text="sql")).node_id == "skill-sql"
 
 
-async def test_a_skill_that_is_there_is_not_started_twice_but_cloned_when_overrun(stage: Stage) -> None:
+async def test_a_running_skill_is_not_started_twice_but_cloned_when_saturated(stage: Stage) -> None:
     agent = HeldAgent()
     skills = Skills(agent)
     here = await start_spawning_host(stage, [], 2, skills, slots=1)
@@ -182,7 +182,7 @@ async def test_skills_are_asked_only_where_no_node_can_and_there_is_room(stage: 
     assert skills.asked == 0
 
 
-async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
+async def test_garbage_and_a_stopped_nursery_start_no_node(stage: Stage) -> None:
     agent = HeldAgent()
     here = await start_spawning_host(stage, [node("a", agent)], 9, slots=1)
     await here.occupy("a", agent)

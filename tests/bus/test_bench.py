@@ -1,4 +1,4 @@
-"""The benchmark itself: its raw pipe carries, and what it prints says what was measured."""
+"""The benchmark itself: its raw pipe stores every hop, and its tables show the measured values."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ async def test_the_raw_pipe_stores_every_hop_and_leaves_nothing_behind() -> None
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nats_url")
-async def test_what_is_measured_of_the_raw_pipe_adds_up() -> None:
+async def test_the_measured_parts_of_the_raw_pipe_add_up() -> None:
     async with asyncio.timeout(30):
         loads = await measure({RAW: raw_pipe}, RAW, tasks=20, single=5)
     assert set(loads) == {1, *IN_FLIGHT}

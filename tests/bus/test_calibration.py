@@ -4,7 +4,9 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import new_id
-from loom.schemas.learning import BIAS, Calibration, Lease, Reward
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 
@@ -44,7 +46,7 @@ async def sensed(stage: Stage, **facts: float) -> tuple[float, str]:
     return envelope.spec.complexity, envelope.spec.note
 
 
-async def test_sense_is_corrected_by_what_tasks_turned_out_to_be(stage: Stage) -> None:
+async def test_estimates_of_sense_are_corrected_by_the_measured_complexity_of_tasks(stage: Stage) -> None:
     await stage.bus.bucket("tuning", Lease).create("apoptosis", Lease(holder="x", until=0))  # another's affair
     await stage.phase("adapt")
     await stage.phase("sense")
@@ -59,7 +61,7 @@ async def test_sense_is_corrected_by_what_tasks_turned_out_to_be(stage: Stage) -
     async def corrected() -> bool:
         return await sensed(stage) == (round(0.2 + bias, 4), "complexity 0.20 by itself, -0.13 by 3 tasks before")
 
-    await until(corrected, within_s=20, what="SENSE has heard of it")
+    await until(corrected, within_s=20, what="SENSE has the correction")
     assert await sensed(stage, estimated_complexity=0.2) == (0.2, "")
 
 

@@ -37,7 +37,7 @@ def pid_of(lane: check_pool._Lane) -> int:
 
 
 def runs(pid: int) -> bool:
-    """Whether the process exists, and is no zombie."""
+    """Whether the process exists, and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -60,7 +60,7 @@ async def test_a_check_that_needs_no_helper_starts_none(pool: CheckPool) -> None
     assert pool._quick._helper is pool._slow._helper is None
 
 
-async def test_what_is_known_to_be_usable_is_not_asked_again(pool: CheckPool) -> None:
+async def test_a_schema_known_to_be_usable_is_not_checked_again(pool: CheckPool) -> None:
     assert await pool.unsatisfiable(DIGITS) is None
     os.kill(pid_of(pool._quick), signal.SIGKILL)
     assert await pool.unsatisfiable(DIGITS) is None
@@ -188,7 +188,7 @@ async def test_helpers_that_cannot_be_started_are_named_and_tried_again(
     assert await pool.violation("1", DIGITS) is None
 
 
-async def test_a_program_that_is_no_helper_is_named(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_program_that_is_not_a_helper_is_named(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NotChecked, match="no helper process can be started"):
         await pool.unsatisfiable(DIGITS)

@@ -76,7 +76,7 @@ async def test_a_port_that_accepts_and_stays_silent_is_named(monkeypatch: pytest
         (b"-ERR 'maximum connections exceeded'\r\n", "refuses the connection (maximum connections exceeded)"),
     ],
 )
-async def test_what_the_server_refuses_is_named(error: bytes, cause: str) -> None:
+async def test_a_refusal_of_the_server_is_named(error: bytes, cause: str) -> None:
     async with fake_server(info(auth_required=True), answer=error, hang_up=True) as fake:
         text = await refused(f"nats://u:secret@{fake.address}")
     assert cause in text
@@ -229,7 +229,7 @@ async def test_an_unknown_host_name_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "."])
-async def test_what_no_name_server_would_know_is_an_unknown_host_name(host: str) -> None:
+async def test_a_name_that_no_name_server_can_know_is_an_unknown_host_name(host: str) -> None:
     assert "host name" in await refused(f"nats://{host}:1")
 
 

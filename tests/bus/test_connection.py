@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.bus_helpers import Connect, Heard, alive, back
+from support.bus_helpers import Connect, MessageRecorder, alive, back
 from support.logs import capture_logs
 from support.stopping import stop
 from support.wait import until
@@ -42,13 +42,13 @@ async def test_without_a_server_connecting_fails_within_its_patience() -> None:
 
 
 @pytest.mark.slow
-async def test_a_service_that_waits_for_its_server_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_service_that_waits_for_its_server_logs_it_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connecting_module, "REPORT_S", 0.3)
     bus = Bus("nats://me:secret@127.0.0.1:1", patience_s=0.8)
     with capture_logs() as logs, pytest.raises(BusUnavailable, match="without NATS_URL"):
         await bus.connect()
-    told = [log["server"] for log in logs if log["event"] == "no_server_yet"]
-    assert set(told) == {"nats://127.0.0.1:1"}
+    servers = [log["server"] for log in logs if log["event"] == "no_server_yet"]
+    assert set(servers) == {"nats://127.0.0.1:1"}
 
 
 async def test_a_server_that_comes_up_a_little_later_is_found(connect: Connect) -> None:
@@ -66,7 +66,7 @@ async def test_a_server_that_comes_up_a_little_later_is_found(connect: Connect) 
         await asyncio.to_thread(server.stop)
 
 
-async def test_a_server_that_refuses_us_is_not_asked_twice() -> None:
+async def test_a_server_that_refuses_the_client_is_not_asked_twice() -> None:
     asked = 0
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,7 +96,7 @@ async def test_a_malformed_address_is_unavailable_like_any_other(url: str) -> No
     await bus.close()
 
 
-async def test_something_else_on_the_port_is_no_server() -> None:
+async def test_another_program_on_the_port_is_not_taken_for_a_server() -> None:
     async def web_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
@@ -119,13 +119,13 @@ async def test_something_else_on_the_port_is_no_server() -> None:
         ("nats://me:ge/heim@a:1,tls://geheim@b:2,c:3", "nats://a:1,tls://b:2,c:3"),
     ],
 )
-async def test_no_password_is_ever_told(url: str, address: str) -> None:
+async def test_no_password_is_ever_printed_or_logged(url: str, address: str) -> None:
     assert Bus(url).connection.address == address
     with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
         await Bus(url, patience_s=0.1).connect()
-    told = f"{caught.value} {vars(caught.value)} {logs}"
-    assert "geheim" not in told
-    assert "heim" not in told
+    output = f"{caught.value} {vars(caught.value)} {logs}"
+    assert "geheim" not in output
+    assert "heim" not in output
 
 
 async def test_a_bus_that_never_connected_may_be_closed_and_aborted() -> None:
@@ -175,8 +175,8 @@ async def test_headers_count_against_the_size_limit(plain: Bus, value: str) -> N
     limit = plain.connection._nc.max_payload
     headers = {"Key": value}
     room = limit - len(f"NATS/1.0\r\nKey: {value}\r\n\r\n".encode())
-    heard = Heard()
-    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
+    received = MessageRecorder()
+    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), received)
 
     with pytest.raises(PayloadTooLarge, match=str(limit)):
         await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (room + 1), headers=headers)
@@ -184,8 +184,8 @@ async def test_headers_count_against_the_size_limit(plain: Bus, value: str) -> N
         await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (limit + 1))
     await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x" * room, headers=headers)
 
-    await heard.count(1)
-    assert len(heard.bodies[0]) == room
+    await received.count(1)
+    assert len(received.bodies[0]) == room
     assert not plain.tasks.lost.is_set()
 
 
@@ -201,38 +201,38 @@ async def test_a_subject_that_would_break_the_protocol_is_refused_and_the_connec
 
 
 async def test_a_handler_that_raises_does_not_end_its_subscription(plain: Bus) -> None:
-    heard = Heard()
+    received = MessageRecorder()
 
     async def handle(msg: Msg) -> None:
         if msg.data == b"bad":
             raise RuntimeError("a bug")
-        await heard(msg)
+        await received(msg)
 
     await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), handle)
     with capture_logs() as logs:
         for body in (b"bad", b"good", b"bad", b"good"):
             await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), body)
-        await heard.count(2)
+        await received.count(2)
     assert [entry["event"] for entry in logs] == ["handler_failed"] * 2
     assert "RuntimeError: a bug" in logs[0]["error"]
 
 
-async def test_an_ended_subscription_hears_nothing_more_and_may_be_ended_again(plain: Bus) -> None:
-    heard = Heard()
-    subscription = await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
+async def test_an_ended_subscription_gets_no_more_messages_and_may_be_ended_again(plain: Bus) -> None:
+    received = MessageRecorder()
+    subscription = await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), received)
     plain.connection.unsubscribe(subscription)
     plain.connection.unsubscribe(subscription)
     await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x")
     await plain.requests.flush()
-    assert heard.bodies == []
+    assert received.bodies == []
 
 
-async def test_a_stopped_subscription_still_hands_over_what_has_come(plain: Bus) -> None:
-    heard, go_on = Heard(), asyncio.Event()
+async def test_a_stopped_subscription_still_delivers_the_messages_that_have_come(plain: Bus) -> None:
+    received, go_on = MessageRecorder(), asyncio.Event()
 
     async def slow(msg: Msg) -> None:
         await go_on.wait()
-        await heard(msg)
+        await received(msg)
 
     subscription = await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), slow)
     for n in range(5):
@@ -243,10 +243,10 @@ async def test_a_stopped_subscription_still_hands_over_what_has_come(plain: Bus)
     await plain.requests.flush()
     go_on.set()
     await stopping
-    assert heard.bodies == [b"0", b"1", b"2", b"3", b"4"]
+    assert received.bodies == [b"0", b"1", b"2", b"3", b"4"]
 
 
-async def test_served_requests_run_side_by_side_up_to_the_limit_and_a_bad_one_harms_nobody(plain: Bus) -> None:
+async def test_served_requests_run_concurrently_up_to_the_limit_and_a_bad_one_harms_no_other(plain: Bus) -> None:
     running, most, go_on = 0, 0, asyncio.Event()
 
     async def work(msg: Msg) -> None:
@@ -288,8 +288,8 @@ async def test_a_request_returns_the_first_answer(plain: Bus) -> None:
     assert plain.requests._sinks == {}
 
 
-async def test_a_request_nobody_answers_times_out(plain: Bus) -> None:
-    await plain.connection.subscribe(plain.subjects.submit, Heard())
+async def test_a_request_without_an_answer_times_out(plain: Bus) -> None:
+    await plain.connection.subscribe(plain.subjects.submit, MessageRecorder())
     with pytest.raises(TimeoutError):
         await plain.requests.request(plain.subjects.submit, timeout_s=0.05)
     assert plain.requests._sinks == {}
@@ -302,12 +302,12 @@ async def test_without_a_listener_a_request_fails_at_once_and_with_a_tap_it_time
         await plain.requests.request(plain.subjects.submit, timeout_s=5)
 
     tap = await connect()
-    heard = Heard()
-    await tap.connection.subscribe(plain.subjects.everything, heard)
+    received = MessageRecorder()
+    await tap.connection.subscribe(plain.subjects.everything, received)
     await tap.requests.flush()
     with pytest.raises(TimeoutError):
-        await plain.requests.request(plain.subjects.submit, b"anybody?", timeout_s=0.1)
-    assert heard.bodies == [b"anybody?"]
+        await plain.requests.request(plain.subjects.submit, b"a request", timeout_s=0.1)
+    assert received.bodies == [b"a request"]
 
 
 async def test_a_sink_that_raises_does_not_end_the_others(plain: Bus) -> None:
@@ -406,7 +406,7 @@ async def test_a_message_too_large_for_the_server_is_refused_before_it_is_sent(b
     assert await alive(bus)
 
 
-async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
+async def test_the_api_raises_the_servers_reason_for_a_refusal(bus: Bus) -> None:
     with pytest.raises(Refused) as caught:
         await bus.jetstream.api("STREAM.INFO.NONE")
     assert caught.value.err_code == 10059
@@ -415,9 +415,9 @@ async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
 # -- faults
 
 
-async def test_what_is_published_while_the_server_is_down_arrives_afterwards(mortal: Bus, server: NatsServer) -> None:
-    heard = Heard()
-    await mortal.connection.subscribe(mortal.subjects.of("delta", "public", "t1"), heard)
+async def test_messages_published_while_the_server_is_down_arrive_afterwards(mortal: Bus, server: NatsServer) -> None:
+    received = MessageRecorder()
+    await mortal.connection.subscribe(mortal.subjects.of("delta", "public", "t1"), received)
     await asyncio.to_thread(server.kill)
     await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
     await mortal.connection.publish(mortal.subjects.of("delta", "public", "t1"), b"buffered")
@@ -427,8 +427,8 @@ async def test_what_is_published_while_the_server_is_down_arrives_afterwards(mor
     await asyncio.to_thread(server.restart)
 
     assert (await storing).seq == 1
-    await heard.count(1)
-    assert heard.bodies == [b"buffered"]
+    await received.count(1)
+    assert received.bodies == [b"buffered"]
     assert not mortal.tasks.lost.is_set()
     assert (await mortal.jetstream.api("INFO"))["streams"] == 8
 
@@ -454,7 +454,7 @@ async def stored(bus: Bus, least: int) -> bool:
     return bool((await topology.stream_state(bus, "INTAKE"))["messages"] >= least)
 
 
-async def test_a_buffer_that_is_full_while_disconnected_is_said(mortal: Bus, server: NatsServer) -> None:
+async def test_a_buffer_that_is_full_while_disconnected_is_reported(mortal: Bus, server: NatsServer) -> None:
     await asyncio.to_thread(server.kill)
     await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
     megabytes = [
@@ -516,13 +516,13 @@ async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Co
 
 
 @pytest.mark.slow
-async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
+async def test_a_dead_read_loop_is_noticed_and_the_connection_made_again(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_module, "WATCH_S", 0.05)
     plain = await connect()
-    heard = Heard()
-    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
+    received = MessageRecorder()
+    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), received)
     dead = plain.connection._nc._reading_task
     assert dead is not None
     dead.cancel()
@@ -530,7 +530,7 @@ async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     assert plain.connection._nc.is_connected
     await back(plain)
     await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x")
-    await heard.count(1)
+    await received.count(1)
 
 
 async def test_half_a_message_of_the_old_connection_does_not_spoil_the_new_one(plain: Bus) -> None:
@@ -540,26 +540,24 @@ async def test_half_a_message_of_the_old_connection_does_not_spoil_the_new_one(p
     await back(plain)
 
 
-async def test_what_is_sent_on_a_lost_connection_before_that_is_noticed_arrives_afterwards(
-    connect: Connect, plain: Bus
-) -> None:
-    other, heard = await connect(), Heard()
-    await other.connection.subscribe(other.subjects.of("delta", "public", "t1"), heard)
+async def test_messages_sent_before_a_loss_is_noticed_arrive_afterwards(connect: Connect, plain: Bus) -> None:
+    other, received = await connect(), MessageRecorder()
+    await other.connection.subscribe(other.subjects.of("delta", "public", "t1"), received)
     await other.requests.flush()
     transport: Any = plain.connection._nc._transport
     transport._io_writer.transport.abort()
     await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x")
-    assert (await heard.count(1))[0].data == b"x"
+    assert (await received.count(1))[0].data == b"x"
 
 
 @pytest.mark.slow
-async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_lost_acknowledgements_cause_a_reconnect(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     reconnected = asyncio.Event()
     bus.connection.on_reconnect(reconnected.set)
     lose_acks(bus, monkeypatch, 3)  # nor does the server answer anything else
     ack = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert ack.seq == 1
-    await until(reconnected.is_set, what="the connection is made anew")
+    await until(reconnected.is_set, what="the client has reconnected")
 
 
 async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_silent(
@@ -584,7 +582,7 @@ async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
 
 
 @pytest.mark.slow
-async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: NatsServer) -> None:
+async def test_a_request_whose_server_dies_is_sent_again(mortal: Bus, server: NatsServer) -> None:
     stop(server.pid)
     asked = asyncio.ensure_future(mortal.jetstream.api(f"STREAM.INFO.{mortal.subjects.stream('TASKS')}", timeout_s=30))
     purged = asyncio.ensure_future(mortal.jetstream.api(f"STREAM.PURGE.{mortal.subjects.stream('DEAD')}", timeout_s=1))
@@ -598,7 +596,7 @@ async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: 
 
 
 async def test_a_reconnect_callback_that_raises_does_not_stop_the_others(plain: Bus) -> None:
-    told = asyncio.Event()
+    reconnected = asyncio.Event()
 
     def broken() -> None:
         raise RuntimeError("a bug")
@@ -606,11 +604,11 @@ async def test_a_reconnect_callback_that_raises_does_not_stop_the_others(plain: 
     forgotten = asyncio.Event()
     plain.connection.on_reconnect(broken)
     plain.connection.on_reconnect(forgotten.set)
-    plain.connection.on_reconnect(told.set)
+    plain.connection.on_reconnect(reconnected.set)
     plain.connection.forget_reconnect(forgotten.set)
     plain.connection.forget_reconnect(forgotten.set)
     await plain.connection._nc.force_reconnect()
-    await asyncio.wait_for(told.wait(), 5)
+    await asyncio.wait_for(reconnected.wait(), 5)
     await back(plain)
     assert not forgotten.is_set()
 
@@ -623,10 +621,10 @@ async def test_a_connection_closed_for_good_is_lost(plain: Bus) -> None:
     with pytest.raises(BusUnavailable):
         await plain.connection.publish(plain.subjects.of("delta", "public", "t1"))
     with pytest.raises(BusUnavailable):
-        await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), Heard())
+        await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), MessageRecorder())
 
 
-async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connect) -> None:
+async def test_a_close_on_purpose_is_not_a_loss_and_may_be_repeated(connect: Connect) -> None:
     bus = await connect()
     ended = asyncio.Event()
 
@@ -647,11 +645,12 @@ async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connec
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
-async def test_nobody_waits_for_a_confirmation_that_a_closed_connection_cannot_bring(
+async def test_a_confirmation_that_a_closed_connection_cannot_bring_is_not_awaited(
     connect: Connect, plain: Bus, end: str
 ) -> None:
     bus = await connect()
-    await plain.connection.subscribe("in.no.stream", Heard())  # else the server says at once that nobody listens
+    # else the server answers at once that there are no responders
+    await plain.connection.subscribe("in.no.stream", MessageRecorder())
     await plain.requests.flush()
     waiting = asyncio.ensure_future(bus.jetstream.publish("in.no.stream", b"x"))
     unawaited = bus.jetstream.publish("in.no.stream", b"x")
@@ -667,7 +666,7 @@ async def test_nobody_waits_for_a_confirmation_that_a_closed_connection_cannot_b
     await bus.close()
 
 
-async def test_what_fails_beside_the_connection_is_logged(plain: Bus) -> None:
+async def test_failures_outside_the_connection_are_logged(plain: Bus) -> None:
     async def fail() -> None:
         raise RuntimeError("a bug")
 
@@ -683,8 +682,8 @@ ABORTS = {
     "async def main():\n"
     "    bus = await Bus(URL, namespace=NS).connect()\n"
     "    async def never(): await asyncio.Event().wait()\n"
-    "    async def heard(msg): pass\n"
-    "    await bus.connection.subscribe('a', heard); bus.tasks.spawn(never(), name='n'); await bus.requests.flush()\n"
+    "    async def on_msg(msg): pass\n"
+    "    await bus.connection.subscribe('a', on_msg); bus.tasks.spawn(never(), name='n'); await bus.requests.flush()\n"
     "    bus.abort(); bus.abort(); await bus.close(); assert not bus.tasks.lost.is_set()\n"
     "asyncio.run(main(), debug=True)\n",
     "after": "import asyncio, gc; from loom.bus.bus import Bus\n"

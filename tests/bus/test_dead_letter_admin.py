@@ -67,7 +67,7 @@ def test_the_facts_are_read_as_they_were_written_but_for_what_a_header_cannot_ho
 
 
 @pytest.mark.parametrize("headers", [{}, {"Loom-Dead-deliveries": "many"}, {"Loom-Dead-cut": "perhaps"}])
-def test_nonsense_among_the_facts_is_no_fact(headers: dict[str, str]) -> None:
+def test_unreadable_facts_of_a_dead_letter_are_left_out(headers: dict[str, str]) -> None:
     read = letter_facts(headers, "ns.dead.scale.t1")
     assert read == DeadLetter(phase="scale", task_id="t1", subject="", deliveries=0, reason="")
 
@@ -96,7 +96,7 @@ async def test_a_letter_is_read_back_with_its_facts_time_and_bytes(bus: Bus) -> 
     assert await admin.list_letters(bus, 5) == [found._replace(stored_at=pytest.approx(found.stored_at, abs=1e-3))]
 
 
-async def test_they_are_listed_newest_last_and_no_more_than_asked_for(bus: Bus) -> None:
+async def test_dead_letters_are_listed_newest_last_and_no_more_than_asked_for(bus: Bus) -> None:
     assert await admin.list_letters(bus, 5) == []
     seqs = [await keep(bus, GARBAGE, task_id=f"t{n}") for n in range(5)]
     await bus.jetstream.publish(bus.subjects.of("dead", "mine", "own"), b"put here by hand")
@@ -141,7 +141,7 @@ async def test_a_letter_outlives_a_refusal_to_take_its_task(bus: Bus) -> None:
     assert (await admin.get_letter(bus, seq)).seq == seq
 
 
-async def test_two_who_retry_a_letter_at_once_start_one_task(bus: Bus) -> None:
+async def test_two_concurrent_retries_of_a_letter_start_one_task(bus: Bus) -> None:
     seq = await keep(bus, envelope())
     ended = await asyncio.gather(*(admin.retry_letter(bus, seq) for _ in range(4)), return_exceptions=True)
 
@@ -195,10 +195,10 @@ CANNOT: dict[str, tuple[bytes, dict[str, Any], type[LoomError], str]] = {
 
 
 @pytest.mark.parametrize("why", CANNOT)
-async def test_what_cannot_be_handed_in_again_says_why_and_stays(why: str, bus: Bus) -> None:
-    body, facts, error, says = CANNOT[why]
+async def test_a_letter_that_cannot_be_retried_raises_the_reason_and_stays(why: str, bus: Bus) -> None:
+    body, facts, error, message = CANNOT[why]
     seq = await keep(bus, body, **facts)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         await admin.retry_letter(bus, seq)
     assert await messages(bus, "INTAKE") == 0
     assert (await admin.get_letter(bus, seq)).body == body

@@ -35,7 +35,7 @@ def _record(env: Envelope, **fields: Any) -> TaskRecord:
     return TaskRecord(**{"task_id": env.task_id, "state": "running", "envelope": env, "admitted_at": 1.0, **fields})
 
 
-async def test_undecodable_bytes_are_kept_as_they_are_with_the_facts_beside_them(bus: Bus, phases: Phases) -> None:
+async def test_undecodable_bytes_are_kept_as_they_are_with_their_facts_in_headers(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never)
     with capture_logs() as logs:
         seq = await put_raw(bus, GARBAGE)
@@ -59,7 +59,7 @@ async def test_undecodable_bytes_are_kept_as_they_are_with_the_facts_beside_them
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["dead_letter"]
 
 
-async def test_the_task_ends_by_its_record(bus: Bus, phases: Phases) -> None:
+async def test_the_task_of_a_dead_letter_ends_with_the_state_of_its_record(bus: Bus, phases: Phases) -> None:
     env = envelope(attempt=2, step=7, result=RunResult(content="half"))
     await records(bus).create("t1", _record(env, claim=Claim(attempt=3)))
     await phases.start(bus, never)
@@ -90,9 +90,9 @@ async def test_the_trail_is_the_messages_own_and_else_the_records(bus: Bus, phas
     await put_raw(bus, GARBAGE, bus.subjects.task("scale", "normal", "t2"))
 
     own = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
-    told = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t2"))
+    other = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t2"))
     assert own.headers["Loom-Dead-trail"] == "sense match scale match"
-    assert told.headers["Loom-Dead-trail"] == "sense match"
+    assert other.headers["Loom-Dead-trail"] == "sense match"
 
 
 async def test_a_letter_is_kept_and_the_task_ends_though_its_record_cannot_be_read(bus: Bus, phases: Phases) -> None:
@@ -113,7 +113,7 @@ async def test_without_a_record_there_is_only_the_letter(bus: Bus, phases: Phase
     await settled(bus, 0)
 
 
-async def test_a_message_delivered_more_than_ten_times_is_buried_unhandled(bus: Bus, phases: Phases) -> None:
+async def test_a_message_delivered_more_than_ten_times_is_a_dead_letter_unhandled(bus: Bus, phases: Phases) -> None:
     env = envelope(step=3, attempt=2)
     await put(bus, env)
     await deliver_in_vain(bus, DEAD_AFTER)
@@ -140,7 +140,7 @@ async def test_the_tenth_delivery_is_still_handled(bus: Bus, phases: Phases) -> 
     assert await messages(bus, "DEAD") == 0
 
 
-async def test_a_handler_may_give_a_message_up_for_dead(bus: Bus, phases: Phases) -> None:
+async def test_a_handler_may_make_a_message_a_dead_letter(bus: Bus, phases: Phases) -> None:
     async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
         return Dead("the plan\r\ncannot be: 数据")
 
@@ -153,7 +153,7 @@ async def test_a_handler_may_give_a_message_up_for_dead(bus: Bus, phases: Phases
     assert "数据" in error.message
 
 
-async def test_a_message_larger_than_is_kept_is_cut_and_says_so(bus: Bus, phases: Phases) -> None:
+async def test_a_message_over_the_size_limit_is_cut_and_marked(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never)
     await put_raw(bus, b"x" * (MAX_MESSAGE_BYTES + 1))
     letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
@@ -216,7 +216,7 @@ async def test_a_letter_that_cannot_be_kept_yet_is_not_lost(
     await settled(bus, 0)
 
 
-async def test_a_repeated_burial_is_one_letter_and_one_end(
+async def test_a_dead_letter_written_twice_is_stored_once_and_ends_its_task_once(
     bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "retry_s", lambda _: 0.05)
@@ -245,7 +245,7 @@ def _intake(**service: Any) -> dict[str, Any]:
     return {"phase": "sense", "lanes": [(INTAKE_LANES[1], 4)], "shape": Submission, **service}
 
 
-async def test_an_unreadable_submission_ends_its_task_though_nobody_knows_it(bus: Bus, phases: Phases) -> None:
+async def test_an_unreadable_submission_ends_its_task_though_it_has_no_record(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never, **_intake())
     await put_raw(bus, GARBAGE, bus.subjects.intake("public", "normal", "t1"))
     ended = (await hop(bus, "evaluate")).envelope
@@ -256,7 +256,7 @@ async def test_an_unreadable_submission_ends_its_task_though_nobody_knows_it(bus
     await settled(bus, 0, "INTAKE")
 
 
-async def test_rubbish_under_the_id_of_a_running_task_does_not_end_it(bus: Bus, phases: Phases) -> None:
+async def test_garbage_under_the_id_of_a_running_task_does_not_end_it(bus: Bus, phases: Phases) -> None:
     await records(bus).create("t1", _record(envelope(), submission="s1"))
     await phases.start(bus, never, **_intake())
     await put_raw(bus, GARBAGE, bus.subjects.intake("public", "normal", "t1"))
@@ -305,28 +305,30 @@ async def test_a_subtask_that_dies_in_sense_ends_as_the_subtask_it_is(admitted: 
     assert ended.error is not None
 
 
-async def test_an_unreadable_subtask_ends_though_nobody_knows_it(bus: Bus, phases: Phases) -> None:
+async def test_an_unreadable_subtask_ends_though_it_has_no_record(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never, phase="sense", lanes=[(SENSE_LANE, 4)])
     await put_raw(bus, GARBAGE, bus.subjects.task("sense", "normal", "t1"))
     ended = (await hop(bus, "evaluate")).envelope
     assert (ended.task_id, ended.ad.description) == ("t1", "(unreadable subtask)")
 
 
-async def test_a_submission_that_dies_before_its_admission_leaves_who_waits_for_it(bus: Bus, phases: Phases) -> None:
+async def test_a_submission_that_dies_before_admission_keeps_the_reply_subjects_that_wait(
+    bus: Bus, phases: Phases
+) -> None:
     ad = TaskAd(task_id="t1", description="x")
 
     async def give_up(_submission: Submission, _delivery: Delivery) -> Outcome:
         return Dead("no")
 
     await phases.start(bus, give_up, **_intake())
-    waiting = Submission(ad=ad, submission="s1", reply_to="_INBOX.somebody")
+    waiting = Submission(ad=ad, submission="s1", reply_to="_INBOX.client")
     await put_raw(bus, encode(waiting), bus.subjects.intake("public", "normal", "t1"))
     ended = (await hop(bus, "evaluate")).envelope
     record = await records(bus).get("t1")
 
     assert ended.ad == ad
     assert record is not None
-    assert (record.value.state, record.value.reply_to) == ("running", ("_INBOX.somebody",))
+    assert (record.value.state, record.value.reply_to) == ("running", ("_INBOX.client",))
 
 
 async def test_a_phase_that_ends_tasks_itself_does_so(bus: Bus, phases: Phases) -> None:

@@ -12,6 +12,8 @@ from support.wait import until
 
 from loom.bus.records import records
 from loom.phases.execute.delegation import refusal
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.record import MAX_DELEGATED, TaskRecord
 from loom.schemas.run import delegated_id
@@ -20,38 +22,38 @@ from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 CHILD = delegated_id("t1", 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 1.5)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(execute=ExecuteTimings(silence_s=1.5))
 
 
 class Delegating(FakeHost):
-    """A host whose one run says what the test has it say, on the inbox that asked last, and beats meanwhile."""
+    """A host whose one run publishes the events a test gives it on the newest inbox, and heartbeats meanwhile."""
 
-    mouth: FakeRun | None = None
+    newest_run: FakeRun | None = None
     beating = True
 
     async def work(self, run: FakeRun) -> None:
-        if self.mouth is not None and self.mouth.subject == run.subject:
+        if self.newest_run is not None and self.newest_run.subject == run.subject:
             return
-        if self.mouth is not None:
-            run.seq = self.mouth.seq
-            await self.mouth.say("moved")
-        self.mouth = run
+        if self.newest_run is not None:
+            run.seq = self.newest_run.seq
+            await self.newest_run.publish("moved")
+        self.newest_run = run
         run.seq = max(run.seq, 1)
         await run.bus.connection.publish(
             run.subject, [{"seq": 0, "kind": "accepted"}, {"seq": run.seq, "kind": "heartbeat"}]
         )
         run.seq += 1
-        while self.mouth is run and self.beating:
-            await run.say("heartbeat")
+        while self.newest_run is run and self.beating:
+            await run.publish("heartbeat")
             await asyncio.sleep(0.1)
 
-    async def say(self, kind: Any, **facts: Any) -> None:
-        await until(lambda: self.mouth, what="it runs")
-        assert self.mouth is not None
+    async def publish(self, kind: Any, **facts: Any) -> None:
+        await until(lambda: self.newest_run, what="it runs")
+        assert self.newest_run is not None
         call = {"call": 1} if kind == "waiting" else {}
-        await self.mouth.say(kind, **{**call, **facts})
+        await self.newest_run.publish(kind, **{**call, **facts})
 
     def answers(self) -> list[TaskResult]:
         return [answer for run in self.runs for answer in run.request.answers]
@@ -75,26 +77,26 @@ async def given(stage: Stage, **facts: Any) -> Envelope:
     return env
 
 
-async def end(stage: Stage, child: Envelope, state: Any = "succeeded", *, tell: bool = True, **facts: Any) -> None:
+async def end(stage: Stage, child: Envelope, state: Any = "succeeded", *, notify: bool = True, **facts: Any) -> None:
     """End the delegated task as EVALUATE does."""
     await stage.record(replace(child, **facts), state=state, ended_at=stage.bus.clock.now())
-    if tell:
+    if notify:
         done = (await stage.read(child.task_id)).to_result()
         await stage.bus.connection.publish(stage.bus.subjects.of("result", "public", child.task_id), done)
 
 
 async def finish(stage: Stage, one: Delegating) -> Envelope:
-    await one.say("resumed", task_id=CHILD)
-    await one.say("result", result=RunResult(content="done", prompt_tokens=30))
+    await one.publish("resumed", task_id=CHILD)
+    await one.publish("result", result=RunResult(content="done", prompt_tokens=30))
     done: Envelope = await stage.seen("task", phase="evaluate", within_s=20)
     return done
 
 
-async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stage: Stage) -> None:
+async def test_delegated_work_becomes_a_task_and_its_end_is_sent_to_the_run(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     env = await given(stage, priority="high", token_budget=100, budget=80, trace="00-x", limits=Limits(max_depth=2))
-    await one.say("waiting", ad=ad("a part", task_id=CHILD, token_budget=90, context={"k": 1}))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD, token_budget=90, context={"k": 1}))
     child: Envelope = await stage.seen("task", phase="sense", task_id=CHILD)
     assert child.split == Split(parent=env.task_id, depth=1, grant=80, deadline=env.deadline)
     assert (child.ad.description, child.ad.context, child.priority) == ("a part", {"k": 1}, "high")
@@ -116,30 +118,30 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
 
 
 @pytest.mark.slow
-async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+async def test_an_end_without_a_notice_is_found_and_a_lost_answer_repeated(
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.delegation.POLL_RECORD_S", 0.2)
+    stage.timings = ServiceTimings(execute=ExecuteTimings(silence_s=1.5, poll_record_s=0.2))
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     child = await stage.seen("task", phase="sense", task_id=CHILD)
-    await end(stage, child, "failed", tell=False, error=TaskError(code="no_bids", message="nobody"))
+    await end(stage, child, "failed", notify=False, error=TaskError(code="no_bids", message="no node"))
     answer = await one.answer()
-    assert (answer.state, answer.error) == ("failed", TaskError(code="no_bids", message="nobody"))
-    await until(lambda: len(one.answers()) >= 3, what="it is said until the run has it")
-    await one.say("resumed", task_id=CHILD)
+    assert (answer.state, answer.error) == ("failed", TaskError(code="no_bids", message="no node"))
+    await until(lambda: len(one.answers()) >= 3, what="the answer is repeated until the run has it")
+    await one.publish("resumed", task_id=CHILD)
     await quiet(stage.bus, one.bus)
-    said = len(one.answers())
-    beats = one.mouth.seq if one.mouth else 0
-    await until(lambda: one.mouth and one.mouth.seq > beats + 3, what="more heartbeats")
-    assert len(one.answers()) <= said + 1
+    published = len(one.answers())
+    beats = one.newest_run.seq if one.newest_run else 0
+    await until(lambda: one.newest_run and one.newest_run.seq > beats + 3, what="more heartbeats")
+    assert len(one.answers()) <= published + 1
     assert (await finish(stage, one)).error is None
 
 
 @pytest.mark.parametrize(
-    ("facts", "asked", "says"),
+    ("facts", "asked", "expected"),
     [
         ({"split": Split(parent="p", depth=2, deadline=0)}, {}, "3 deep, and max_depth is 2"),
         ({"limits": Limits(max_depth=0)}, {}, "1 deep, and max_depth is 0"),
@@ -147,17 +149,17 @@ async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
         ({"budget": 0}, {}, "no tokens are left"),
     ],
 )
-async def test_what_may_not_be_delegated_is_answered_at_once(
-    stage: Stage, facts: dict[str, Any], asked: dict[str, Any], says: str
+async def test_a_delegation_that_is_not_allowed_is_answered_at_once(
+    stage: Stage, facts: dict[str, Any], asked: dict[str, Any], expected: str
 ) -> None:
     one = await host(stage)
     await stage.phase("execute")
     env = await given(stage, **facts)
-    await one.say("waiting", ad=ad(**{"description": "a part", "task_id": CHILD, **asked}))
+    await one.publish("waiting", ad=ad(**{"description": "a part", "task_id": CHILD, **asked}))
     answer = await one.answer()
     assert answer.error is not None
     assert (answer.state, answer.error.code) == ("failed", "invalid_task")
-    assert says in answer.error.message
+    assert expected in answer.error.message
     assert (await finish(stage, one)).error is None
     assert not stage.all("task", phase="sense")
     assert (await stage.read(env.task_id)).delegated == ()
@@ -169,7 +171,7 @@ async def test_an_id_that_names_another_task_gets_no_answer_of_it(stage: Stage) 
     other = envelope(ad("a secret", task_id=CHILD), now=stage.bus.clock.now(), result=RunResult(content="secret"))
     await stage.record(other, state="succeeded", ended_at=1.0)
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     answer = await one.answer()
     assert (answer.content, answer.error and answer.error.message) == ("", "the id names another task")
 
@@ -181,7 +183,7 @@ async def test_a_waiting_run_holds_no_slot_of_this_phase(stage: Stage, monkeypat
     execute: Any = await stage.phase("execute")
     (slots,) = execute.service._loop._slots.values()
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     second = awarded(envelope(ad(task_id="second"), now=stage.bus.clock.now()), host_id="h2")
     await stage.record(second)
     await stage.put("execute", second)
@@ -189,27 +191,27 @@ async def test_a_waiting_run_holds_no_slot_of_this_phase(stage: Stage, monkeypat
     child = await stage.seen("task", phase="sense", task_id=CHILD)
     await end(stage, child, result=RunResult(content="four"))
     await one.answer()
-    await one.say("resumed", task_id=CHILD)
+    await one.publish("resumed", task_id=CHILD)
     await until(lambda: slots.taken == 1, what="it has its slot back")
-    await one.say("result", result=RunResult(content="done"))
+    await one.publish("result", result=RunResult(content="done"))
     await until(lambda: slots.taken == 0, what="its slot is free")
 
 
 @pytest.mark.slow
-async def test_another_replica_sees_what_is_waited_for_and_hands_it_over(
+async def test_another_replica_finds_the_awaited_subtask_and_sends_its_end(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await host(stage)
     leaving = await stage.phase("execute")
     env = await given(stage)
     waiting = ad("a part", task_id=CHILD)
-    await one.say("waiting", ad=waiting)
+    await one.publish("waiting", ad=waiting)
     child = await stage.seen("task", phase="sense", task_id=CHILD)
-    first = one.mouth
+    first = one.newest_run
     await leaving.service.drain(0)
     await stage.phase("execute")
-    await until(lambda: one.mouth is not first, within_s=20, what="it is watched by another")
-    await one.say("waiting", ad=waiting)  # as a host repeats what it keeps
+    await until(lambda: one.newest_run is not first, within_s=20, what="it is watched by another")
+    await one.publish("waiting", ad=waiting)  # as a host repeats what it keeps
     await end(stage, child, result=RunResult(content="four"))
     assert (await one.answer()).content == "four"
     assert (await finish(stage, one)).error is None
@@ -219,23 +221,23 @@ async def test_another_replica_sees_what_is_waited_for_and_hands_it_over(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("why", ["cancelled", "given up", "host lost", "late", "ended before"])
-async def test_work_that_nobody_waits_for_any_more_is_cancelled(stage: Stage, why: str) -> None:
+async def test_delegated_work_that_no_run_waits_for_is_cancelled(stage: Stage, why: str) -> None:
     one = await host(stage)
     await stage.phase("sense")
     await stage.phase("execute")
     env = await given(stage, token_budget=100, **({"deadline": stage.bus.clock.now() + 2} if why == "late" else {}))
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     await stage.seen("task", phase="match", task_id=CHILD, within_s=20)
     if why == "cancelled":
         await stage.bus.requests.request(stage.bus.subjects.of("cancel", env.task_id), timeout_s=20)
     elif why == "given up":
-        await one.say("resumed", task_id=CHILD)
-        await one.say("result", result=RunResult(content="without it"))
+        await one.publish("resumed", task_id=CHILD)
+        await one.publish("result", result=RunResult(content="without it"))
         assert (await stage.seen("task", phase="evaluate", task_id=env.task_id, within_s=20)).error is None
     elif why == "host lost":
         one.beating = False
     elif why == "ended before":
-        await one.say("error", error=TaskError(code="agent_failed", message="enough"))
+        await one.publish("error", error=TaskError(code="agent_failed", message="enough"))
     await stage.seen("cancel", task_id=CHILD, within_s=20)
     await until(lambda: ended(stage, CHILD), within_s=20, what="it is cancelled")
 
@@ -245,7 +247,7 @@ async def ended(stage: Stage, task_id: str) -> bool:
 
 
 async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: Stage) -> None:
-    """EXECUTE was not there to hear the cancel."""
+    """EXECUTE was not running when the cancel was published."""
     env = awarded(envelope(now=stage.bus.clock.now()))
     await stage.record(env, state="cancelled", ended_at=1.0, delegated=(CHILD, "not-admitted"))
     child = envelope(ad(task_id=CHILD), now=stage.bus.clock.now(), split=Split(parent=env.task_id, depth=1, deadline=0))
@@ -258,11 +260,11 @@ async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: 
 
 
 @pytest.mark.slow
-async def test_what_was_spent_for_a_lost_run_is_not_forgotten(stage: Stage) -> None:
+async def test_tokens_spent_for_a_lost_run_are_counted(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     await given(stage, token_budget=100)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     child = await stage.seen("task", phase="sense", task_id=CHILD)
     await end(stage, child, result=RunResult(content="four", prompt_tokens=15, completion_tokens=5))
     await one.answer()
@@ -273,11 +275,11 @@ async def test_what_was_spent_for_a_lost_run_is_not_forgotten(stage: Stage) -> N
 
 
 @pytest.mark.slow
-async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> None:
+async def test_a_replica_that_was_overtaken_sends_no_answer(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     env = await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     child = await stage.seen("task", phase="sense", task_id=CHILD)
 
     def overtake(record: TaskRecord) -> TaskRecord:
@@ -285,8 +287,8 @@ async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> 
 
     await records(stage.bus).update_with(env.task_id, overtake)
     await end(stage, child, result=RunResult(content="four"))
-    beats = one.mouth.seq if one.mouth else 0
-    await until(lambda: one.mouth and one.mouth.seq > beats + 5, what="half a second")
+    beats = one.newest_run.seq if one.newest_run else 0
+    await until(lambda: one.newest_run and one.newest_run.seq > beats + 5, what="half a second")
     assert not one.answers()
 
 
@@ -306,14 +308,14 @@ async def test_an_id_that_a_host_sends_is_ignored_and_its_task_left_alone(stage:
     await victim(stage, "victim")
     await stage.phase("execute")
     env = await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id="victim"), call=3)
+    await one.publish("waiting", ad=ad("a part", task_id="victim"), call=3)
     own = delegated_id("t1", 1, 3)
     child = await stage.seen("task", phase="sense", task_id=own)
-    await one.say("resumed", task_id="victim")
+    await one.publish("resumed", task_id="victim")
     await end(stage, child, result=RunResult(content="four"))
     assert (await one.answer()).task_id == own
-    await one.say("resumed", task_id=own)
-    await one.say("result", result=RunResult(content="done"))
+    await one.publish("resumed", task_id=own)
+    await one.publish("result", result=RunResult(content="done"))
     await stage.seen("task", phase="evaluate", within_s=20)
     await quiet(stage.bus, one.bus)
     assert not stage.all("cancel")
@@ -325,7 +327,7 @@ async def test_delegations_are_numbered_from_1(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part"), call=0)
+    await one.publish("waiting", ad=ad("a part"), call=0)
     answer = await one.answer()
     assert (answer.task_id, answer.error and answer.error.code) == (delegated_id("t1", 1, 0), "invalid_task")
     assert not stage.all("task", phase="sense")
@@ -335,7 +337,7 @@ async def test_a_run_gets_the_id_of_its_delegation_at_once_and_nothing_moves(sta
     one = await host(stage)
     await stage.phase("execute")
     env = await given(stage, labels={"team": "x"})
-    await one.say("waiting", ad=ad("a part"), call=2)
+    await one.publish("waiting", ad=ad("a part"), call=2)
     await until(lambda: len(one.runs) == 2, what="it is sent the id")
     sent = one.runs[1].request
     assert [(each.call, each.task_id) for each in sent.delegated] == [(2, delegated_id("t1", 1, 2))]
@@ -354,11 +356,11 @@ async def test_a_task_under_a_derived_id_is_cancelled_only_if_this_task_is_its_p
     await victim(stage, CHILD, split=split)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     await stage.seen("task", phase="sense", task_id=CHILD)
     if ends == "resumed":
-        await one.say("resumed", task_id=CHILD)
-    await one.say("error", error=TaskError(code="agent_failed", message="enough"))
+        await one.publish("resumed", task_id=CHILD)
+    await one.publish("error", error=TaskError(code="agent_failed", message="enough"))
     await stage.seen("task", phase="evaluate", within_s=20)
     await quiet(stage.bus, one.bus)
     assert not stage.all("cancel")
@@ -373,29 +375,29 @@ async def test_delegations_beyond_those_a_run_may_have_open_are_refused(
     env = await given(stage)
     ids = [delegated_id("t1", 1, call) for call in range(1, 7)]
     for call, task_id in enumerate(ids, 1):
-        await one.say("waiting", ad=ad("a part", task_id=task_id), call=call)
+        await one.publish("waiting", ad=ad("a part", task_id=task_id), call=call)
     await until(lambda: len(one.answers()) >= 3, what="three refusals")
     refused = {answer.task_id: answer.error and answer.error.code for answer in one.answers()}
     assert refused == dict.fromkeys(ids[3:], "overloaded")
     assert len({child.task_id for child in [await stage.seen("task", phase="sense", task_id=i) for i in ids[:3]]}) == 3
     assert len(stage.all("task", phase="sense")) == 3
     assert (await stage.read(env.task_id)).delegated == tuple(ids[:3])
-    await one.say("resumed", task_id=ids[0])
-    await one.say("waiting", ad=ad("a part", task_id=ids[5]), call=6)
+    await one.publish("resumed", task_id=ids[0])
+    await one.publish("waiting", ad=ad("a part", task_id=ids[5]), call=6)
     await stage.seen("task", phase="sense", task_id=ids[5])
 
 
 @pytest.mark.parametrize("failed", [True, False])
-async def test_a_failed_delegation_is_believed_only_where_one_has_failed(stage: Stage, failed: bool) -> None:
+async def test_a_failed_delegation_counts_only_where_a_subtask_has_failed(stage: Stage, failed: bool) -> None:
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD))
     child = await stage.seen("task", phase="sense", task_id=CHILD)
     await end(stage, child, "failed" if failed else "succeeded", result=RunResult(content="four"))
     await one.answer()
-    await one.say("resumed", task_id=CHILD)
-    await one.say("error", error=TaskError(code="subtask_failed", message="it did not work"))
+    await one.publish("resumed", task_id=CHILD)
+    await one.publish("error", error=TaskError(code="subtask_failed", message="it did not work"))
     error = (await stage.seen("task", phase="evaluate", within_s=20)).error
     assert (error.code, error.message) == ("subtask_failed" if failed else "agent_failed", "it did not work")
 
@@ -404,9 +406,9 @@ async def test_work_that_is_given_up_before_its_admission_is_cancelled_once_it_i
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=CHILD), call=1)
+    await one.publish("waiting", ad=ad("a part", task_id=CHILD), call=1)
     child = await stage.seen("task", phase="sense", task_id=CHILD)
-    await one.say("resumed", task_id=CHILD)
+    await one.publish("resumed", task_id=CHILD)
     await one.bus.requests.flush()
     assert not stage.all("cancel")
     await stage.record(child)  # as SENSE does
@@ -430,9 +432,9 @@ async def test_a_wrong_number_is_not_a_failed_delegation(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part"), call=0)
+    await one.publish("waiting", ad=ad("a part"), call=0)
     await one.answer()
-    await one.say("error", error=TaskError(code="subtask_failed", message="says the host"))
+    await one.publish("error", error=TaskError(code="subtask_failed", message="by the host"))
     failed: Envelope = await stage.seen("task", phase="evaluate", within_s=20)
     assert failed.error is not None
     assert failed.error.code == "agent_failed"

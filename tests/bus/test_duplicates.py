@@ -29,7 +29,7 @@ from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import AgentFailed
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskError

@@ -28,7 +28,7 @@ async def given(stage: Stage, content: str | None = None, code: str | None = Non
     claim = facts.pop("claim", facts.get("attempt", 1))
     task = facts.pop("ad", None) or ad(task_id="t1")
     result = None if content is None else RunResult(content=content, completion_tokens=6, duration_s=1.5)
-    error = TaskError(code=code, message=f"it said {code}", node_id="n1") if code else None
+    error = TaskError(code=code, message=f"error {code}", node_id="n1") if code else None
     env = envelope(task, now=stage.bus.clock.now(), result=result, error=error, hops=(RAN,), **facts)
     env = env if "award" in facts else awarded(env)
     await stage.record(replace(env, result=None, error=None), reply_to=reply_to, claim=Claim(attempt=claim))
@@ -39,7 +39,7 @@ async def given(stage: Stage, content: str | None = None, code: str | None = Non
 # -- ends
 
 
-async def test_a_success_is_recorded_rewarded_told_and_answered(stage: Stage) -> None:
+async def test_a_success_is_recorded_rewarded_published_and_answered(stage: Stage) -> None:
     one, two = Asker(stage.bus), Asker(stage.bus)
     await stage.phase("evaluate")
     env = await given(stage, "42", reply_to=(one.inbox, two.inbox))
@@ -63,8 +63,8 @@ async def test_the_record_and_the_reward_come_before_the_result_and_the_replies(
     await given(stage, "42", reply_to=(asker.inbox,))
     await asker.answer(TaskResult)
     await stage.seen("result")
-    said = [one.parsed.family for one in stage.heard if one.parsed.family in ("reward", "result")]
-    assert said == ["reward", "result"]
+    published = [one.parsed.family for one in stage.recorded if one.parsed.family in ("reward", "result")]
+    assert published == ["reward", "result"]
     assert (await stage.read("t1")).ended
 
 
@@ -73,7 +73,7 @@ async def test_a_failure_is_answered_with_its_result_and_as_an_error_everywhere(
     await stage.phase("evaluate")
     await given(stage, code="budget_exceeded", reply_to=(one.inbox, two.inbox))
     error = await one.failure()
-    assert (error.code, error.message) == ("budget_exceeded", "it said budget_exceeded")
+    assert (error.code, error.message) == ("budget_exceeded", "error budget_exceeded")
     assert await two.failure() == error
     result = await stage.seen("result")
     assert await one.answer(TaskResult) == result
@@ -106,15 +106,15 @@ async def test_a_final_code_ends_the_task_without_a_reward(stage: Stage, code: s
 class Judge:
     """A model with an opinion, or without any."""
 
-    def __init__(self, says: str | Exception) -> None:
-        self._says = says
+    def __init__(self, reply: str | Exception) -> None:
+        self._reply = reply
         self.asked: list[CompletionParams] = []
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         self.asked.append(params)
-        if isinstance(self._says, Exception):
-            raise self._says
-        return CompletionResult(content=self._says)
+        if isinstance(self._reply, Exception):
+            raise self._reply
+        return CompletionResult(content=self._reply)
 
     def stream(self, params: CompletionParams) -> Any:
         raise NotImplementedError
@@ -136,11 +136,11 @@ async def test_a_poor_opinion_sends_the_task_to_another_node(stage: Stage) -> No
     assert (await stage.seen("reward", node_id="n1")).score == 0.2
 
 
-@pytest.mark.parametrize("says", ["no idea", RuntimeError("down, key sk-1")])
+@pytest.mark.parametrize("reply", ["no idea", RuntimeError("down, key sk-1")])
 async def test_without_an_opinion_the_rules_decide_and_the_result_has_a_warning(
-    stage: Stage, says: str | Exception
+    stage: Stage, reply: str | Exception
 ) -> None:
-    await stage.phase("evaluate", ClusterConfig(judge_share=1.0), Judge(says))
+    await stage.phase("evaluate", ClusterConfig(judge_share=1.0), Judge(reply))
     await given(stage, "an answer")
     result = await stage.seen("result")
     assert (result.state, result.score) == ("succeeded", None)
@@ -166,7 +166,7 @@ async def test_a_rubric_that_was_not_checked_earns_nothing(stage: Stage, judge: 
 async def test_a_judge_is_asked_again_without_a_response_format_and_its_tokens_are_in_the_result(stage: Stage) -> None:
     class Late(Judge):
         async def complete(self, params: CompletionParams) -> CompletionResult:
-            self._says = "no idea" if not self.asked else '{"score": "8/10"}'
+            self._reply = "no idea" if not self.asked else '{"score": "8/10"}'
             return await super().complete(params)
 
     judge = Late("")
@@ -187,7 +187,7 @@ async def called_invalid(stage: Stage, **facts: Any) -> Envelope:
     return await given(stage, code="invalid_task", **facts)
 
 
-async def test_a_nodes_word_that_the_ad_is_invalid_is_tried_elsewhere_and_costs_it_nothing(stage: Stage) -> None:
+async def test_a_first_invalid_task_error_is_retried_elsewhere_without_a_penalty(stage: Stage) -> None:
     await stage.phase("evaluate")
     await called_invalid(stage)
     back = await stage.seen("task", phase="match")
@@ -197,17 +197,17 @@ async def test_a_nodes_word_that_the_ad_is_invalid_is_tried_elsewhere_and_costs_
     assert not stage.all("reward")
 
 
-async def test_the_second_nodes_word_ends_the_task_without_any_reward(stage: Stage) -> None:
+async def test_a_second_nodes_invalid_task_error_ends_the_task_without_any_reward(stage: Stage) -> None:
     await stage.phase("evaluate")
     tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="invalid_task", message="no such file"),)
     await called_invalid(stage, attempt=2, failures=1, excluded=("n0",), failed_attempts=tried)
     result = await stage.seen("result")
-    assert (result.state, result.error.code, result.error.message) == ("failed", "invalid_task", "it said invalid_task")
+    assert (result.state, result.error.code, result.error.message) == ("failed", "invalid_task", "error invalid_task")
     await stage.settled()
     assert not stage.all("reward")
 
 
-async def test_a_pinned_task_ends_with_its_nodes_word_at_once(stage: Stage) -> None:
+async def test_an_invalid_task_error_ends_a_pinned_task_at_once(stage: Stage) -> None:
     await stage.phase("evaluate")
     await called_invalid(stage, ad=ad(task_id="t1", node_id="n1"))
     assert (await stage.seen("result")).error.code == "invalid_task"
@@ -215,7 +215,7 @@ async def test_a_pinned_task_ends_with_its_nodes_word_at_once(stage: Stage) -> N
     assert not stage.all("reward")
 
 
-async def test_without_another_bidder_the_nodes_word_is_the_end(stage: Stage) -> None:
+async def test_an_invalid_task_error_ends_the_task_without_another_bidder(stage: Stage) -> None:
     await stage.phase("evaluate")
     word = TaskError(code="invalid_task", message="no such file", field="context", node_id="n0")
     await given(stage, code="no_bids", failures=1, attempt=2, claim=1, award=None, last_error=word)
@@ -235,7 +235,7 @@ async def test_an_ad_that_breaks_a_rule_ends_at_once(stage: Stage) -> None:
     assert (await stage.seen("result", task_id="t2")).error == fault
 
 
-async def test_another_nodes_success_refutes_it_and_whatever_comes_twice_is_one_reward(stage: Stage) -> None:
+async def test_another_nodes_success_refutes_the_error_and_repeated_messages_are_one_reward(stage: Stage) -> None:
     await stage.phase("evaluate")
     tried = (
         FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="invalid_task", tokens=3),
@@ -255,7 +255,7 @@ async def test_another_nodes_success_refutes_it_and_whatever_comes_twice_is_one_
 # -- what it took
 
 
-async def test_what_failed_attempts_took_is_in_the_result_however_the_task_ends(stage: Stage) -> None:
+async def test_the_tokens_of_failed_attempts_are_in_the_result_however_the_task_ends(stage: Stage) -> None:
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
     took = RunResult(prompt_tokens=10, completion_tokens=5, usd=0.25)
     env = await given(stage, code="agent_failed")
@@ -275,7 +275,7 @@ async def test_what_failed_attempts_took_is_in_the_result_however_the_task_ends(
 
 
 @pytest.mark.parametrize("code", ["node_lost", "agent_failed", "rejected_result"])
-async def test_a_nodes_fault_sends_the_task_back_with_a_reward_of_nought(stage: Stage, code: str) -> None:
+async def test_a_nodes_failure_sends_the_task_back_with_a_reward_of_zero(stage: Stage, code: str) -> None:
     await stage.phase("evaluate")
     await given(stage, code=code, attempt=2, failures=1, excluded=("n0",))
     back = await (stage.seen("task", phase="match") if code == "rejected_result" else stage.seen("later"))
@@ -290,7 +290,7 @@ async def test_a_nodes_fault_sends_the_task_back_with_a_reward_of_nought(stage: 
     assert not stage.all("result")
 
 
-async def test_a_node_that_asked_for_a_rest_is_tried_again_when_nobody_else_is_left(stage: Stage) -> None:
+async def test_a_node_that_asked_for_a_pause_is_tried_again_when_no_other_is_left(stage: Stage) -> None:
     await stage.phase("evaluate")
     rested_at = stage.bus.clock.now() + 0.3
     await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), retry_at={"n1": rested_at})
@@ -309,7 +309,7 @@ async def test_a_busy_node_costs_nothing(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("content", "good"), [("the answer is 42", True), ("the answer is 43", False), ("", False)])
-async def test_what_the_ad_accepts_decides(stage: Stage, content: str, good: bool) -> None:
+async def test_the_accept_schema_of_the_ad_decides(stage: Stage, content: str, good: bool) -> None:
     await stage.phase("evaluate")
     await given(stage, content, ad=ad(task_id="t1", accept=Accept(contains=("answer", "42"))))
     if good:
@@ -393,7 +393,7 @@ async def test_no_bids_after_failures_ends_with_the_last_attempts_own_error(stag
 # -- messages that come twice, late, or out of nowhere
 
 
-async def test_whatever_comes_after_the_end_only_has_it_announced_again(stage: Stage) -> None:
+async def test_messages_after_the_end_only_have_it_announced_again(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate")
     env = await given(stage, "42", reply_to=(asker.inbox,))
@@ -461,7 +461,7 @@ async def test_a_missing_record_of_a_task_on_its_way_stays_missing(stage: Stage)
         await stage.read("t1")
 
 
-async def test_its_own_bad_input_ends_the_task(stage: Stage) -> None:
+async def test_a_bad_input_of_evaluate_ends_its_task(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate")
     await stage.record(
@@ -524,13 +524,13 @@ async def with_plan(stage: Stage, env: Envelope, *parts: Subtask) -> None:
 
 
 def scale_ids(stage: Stage) -> list[str]:
-    """The ids of what SCALE has been told."""
-    told = [one for one in stage.heard if one.parsed.tokens.get("phase") == "scale"]
-    return [one.headers["Nats-Msg-Id"] for one in told]
+    """The ids of the messages to SCALE."""
+    messages = [one for one in stage.recorded if one.parsed.tokens.get("phase") == "scale"]
+    return [one.headers["Nats-Msg-Id"] for one in messages]
 
 
 @pytest.mark.parametrize(("content", "code"), [("42", None), (None, "budget_exceeded"), (None, "cancelled")])
-async def test_scale_is_told_of_a_subtasks_end_however_it_ended(
+async def test_scale_is_notified_of_a_subtasks_end_however_it_ended(
     stage: Stage, content: str | None, code: str | None
 ) -> None:
     await stage.phase("evaluate")
@@ -542,15 +542,15 @@ async def test_scale_is_told_of_a_subtasks_end_however_it_ended(
     assert (await stage.read("t1")).ended
 
 
-async def test_the_parent_is_told_after_the_reward_and_before_the_result(stage: Stage) -> None:
+async def test_the_parent_is_notified_after_the_reward_and_before_the_result(stage: Stage) -> None:
     await stage.phase("evaluate")
     await given(stage, "42", split=PART)
     await stage.seen("result")
-    said = [one.parsed.tokens.get("phase", one.parsed.family) for one in stage.heard]
-    assert said == ["evaluate", "reward", "scale", "result"]
+    published = [one.parsed.tokens.get("phase", one.parsed.family) for one in stage.recorded]
+    assert published == ["evaluate", "reward", "scale", "result"]
 
 
-async def test_an_end_that_is_announced_again_is_told_to_scale_again_under_the_same_id(stage: Stage) -> None:
+async def test_an_end_announced_again_is_sent_to_scale_again_under_the_same_id(stage: Stage) -> None:
     await stage.phase("evaluate")
     await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.clock.now()), Subtask(id="x", description="do x"))
     env = await given(stage, "42", split=PART, inputs={"x": "out x"})
@@ -562,7 +562,7 @@ async def test_an_end_that_is_announced_again_is_told_to_scale_again_under_the_s
     assert stage.all("result")[0] == stage.all("result")[1]
 
 
-async def test_delegated_work_is_nobodys_subtask(stage: Stage) -> None:
+async def test_delegated_work_is_not_a_subtask_of_a_plan(stage: Stage) -> None:
     await stage.phase("evaluate")
     await given(stage, "42", split=replace(PART, subtask=None))
     await stage.seen("result")
@@ -575,8 +575,8 @@ async def test_the_plan_of_a_task_that_has_failed_is_over(stage: Stage, code: st
     env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     await with_plan(stage, env, Subtask(id="x", description="do x"))
     await given(stage, code=code)
-    told = await stage.seen("task", phase="scale")
-    assert told == ParentEnded(task_id="t1")
+    message = await stage.seen("task", phase="scale")
+    assert message == ParentEnded(task_id="t1")
     assert scale_ids(stage) == ["t1:unpark"]
 
 
@@ -591,10 +591,10 @@ async def test_a_task_that_stayed_whole_has_no_plan_that_could_be_over(stage: St
 async def test_plans_are_looked_for_only_where_there_may_be_one(stage: Stage) -> None:
     looks: list[str] = []
 
-    async def hear(_msg: Any) -> None:
+    async def record(_msg: Any) -> None:
         looks.append("plans")
 
-    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('plans')}", hear)
+    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('plans')}", record)
     evaluate = await stage.phase("evaluate")
     await given(stage, "42", ad=ad(task_id="plain"))
     await stage.seen("result")

@@ -15,6 +15,8 @@ from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.service import Execute
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.events import TextDelta, ToolCallStart
@@ -24,10 +26,9 @@ from loom.schemas.task import Accept, RunResult, TaskError
 Script = Callable[[FakeRun], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(execute=ExecuteTimings(accept_s=0.4, silence_s=0.6))
 
 
 async def host(stage: Stage, run: Script | None = FakeRun.succeed, host_id: str = "h1") -> FakeHost:
@@ -56,9 +57,9 @@ async def code_of(stage: Stage) -> str:
 
 
 async def accepted(run: FakeRun) -> None:
-    """Accept, start, and say no more."""
-    await run.say("accepted")
-    await run.say("started")
+    """Accept, start, and publish no more."""
+    await run.publish("accepted")
+    await run.publish("started")
 
 
 # -- a run that goes well
@@ -77,7 +78,7 @@ async def test_a_run_is_claimed_run_and_handed_to_evaluate(stage: Stage) -> None
     assert len(one.runs) == 1
 
 
-async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
+async def test_the_run_request_has_all_the_host_needs(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     split = Split(parent="p", depth=2, deadline=0, inputs={"a": "from a"})
@@ -123,10 +124,10 @@ async def test_progress_is_relayed_numbered_and_in_order(stage: Stage) -> None:
     async def chat(run: FakeRun) -> None:
         await accepted(run)
         for n in range(20):
-            await run.say("delta", event=TextDelta(text=str(n)))
-        await run.say("heartbeat")
-        await run.say("tool_call", event=ToolCallStart(tool_call_id="c", name="search"))
-        await run.say("result", result=RunResult(content="x"))
+            await run.publish("delta", event=TextDelta(text=str(n)))
+        await run.publish("heartbeat")
+        await run.publish("tool_call", event=ToolCallStart(tool_call_id="c", name="search"))
+        await run.publish("result", result=RunResult(content="x"))
 
     await host(stage, chat)
     await stage.phase("execute")
@@ -143,14 +144,14 @@ async def test_progress_is_relayed_numbered_and_in_order(stage: Stage) -> None:
 @pytest.mark.slow
 async def test_the_text_of_progress_is_counted_over_a_silence_of_the_host(stage: Stage) -> None:
     async def pause(run: FakeRun) -> None:
-        """Say a half, and the other half when asked again."""
+        """Publish a half, and the other half when asked again."""
         run.seq = run.request.from_seq
         if not run.request.from_seq:
             await accepted(run)
-            await run.say("delta", event=TextDelta(text="né𝄞"))
+            await run.publish("delta", event=TextDelta(text="né𝄞"))
         else:
-            await run.say("delta", event=TextDelta(text="end"))
-            await run.say("result", result=RunResult(content="né𝄞end"))
+            await run.publish("delta", event=TextDelta(text="end"))
+            await run.publish("result", result=RunResult(content="né𝄞end"))
 
     await host(stage, pause)
     await stage.phase("execute")
@@ -165,8 +166,8 @@ async def test_an_event_that_comes_twice_is_relayed_once(stage: Stage) -> None:
         await accepted(run)
         for _ in range(3):
             run.seq = 2
-            await run.say("delta", event=TextDelta(text="once"))
-        await run.say("result", result=RunResult(content="x"))
+            await run.publish("delta", event=TextDelta(text="once"))
+        await run.publish("result", result=RunResult(content="x"))
 
     await host(stage, stutter)
     await stage.phase("execute")
@@ -175,7 +176,7 @@ async def test_an_event_that_comes_twice_is_relayed_once(stage: Stage) -> None:
     assert len(stage.all("delta")) == 1
 
 
-async def test_what_a_host_sends_beyond_the_limit_is_cut(stage: Stage) -> None:
+async def test_content_of_a_host_beyond_the_limit_is_cut(stage: Stage) -> None:
     await host(stage, lambda run: run.succeed("数" * 100_000))
     await stage.phase("execute")
     await given(stage)
@@ -185,7 +186,7 @@ async def test_what_a_host_sends_beyond_the_limit_is_cut(stage: Stage) -> None:
     assert 60_000 < len(result.content.encode()) <= 64 * 1024
 
 
-async def test_bytes_that_are_no_event_are_left_out(stage: Stage) -> None:
+async def test_bytes_that_are_not_an_event_are_left_out(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
         await run.bus.connection.publish(run.subject, b"\xff{")
         await run.bus.connection.publish(run.subject, b'{"seq": -1, "kind": "sings"}')
@@ -208,26 +209,26 @@ async def hang(run: FakeRun) -> None:
     """Accept, and keep on saying that it works."""
     await accepted(run)
     while True:
-        await run.say("heartbeat")
+        await run.publish("heartbeat")
         await asyncio.sleep(0.1)
 
 
 async def busy(run: FakeRun) -> None:
-    await run.say("rejected", code="busy")
+    await run.publish("rejected", code="busy")
 
 
 async def cannot(run: FakeRun) -> None:
-    await run.say("rejected", code="unqualified")
+    await run.publish("rejected", code="unqualified")
 
 
 async def fail(run: FakeRun) -> None:
     await accepted(run)
-    await run.say("error", error=TaskError(code="budget_exceeded", message="spent"))
+    await run.publish("error", error=TaskError(code="budget_exceeded", message="spent"))
 
 
 async def no_result(run: FakeRun) -> None:
     await accepted(run)
-    await run.say("result")
+    await run.publish("result")
 
 
 @pytest.mark.slow
@@ -242,7 +243,7 @@ async def no_result(run: FakeRun) -> None:
         (no_result, "agent_failed"),
     ],
 )
-async def test_how_a_run_fails_is_reported_with_its_node(stage: Stage, script: Script, code: str) -> None:
+async def test_the_failure_of_a_run_is_reported_with_its_node(stage: Stage, script: Script, code: str) -> None:
     await host(stage, script)
     await stage.phase("execute")
     env = await given(stage)
@@ -270,9 +271,9 @@ async def test_the_code_of_a_host_counts_as_far_as_facts_confirm_it(
     stage: Stage, claimed: str, facts: dict[str, Any], tokens: int, believed: str
 ) -> None:
     async def end(run: FakeRun) -> None:
-        await run.say("accepted")
+        await run.publish("accepted")
         result = RunResult(prompt_tokens=tokens) if tokens else None
-        await run.say("error", error=TaskError(code=claimed, message="so it is"), result=result)
+        await run.publish("error", error=TaskError(code=claimed, message="so it is"), result=result)
 
     await host(stage, end)
     await stage.phase("execute")
@@ -283,7 +284,7 @@ async def test_the_code_of_a_host_counts_as_far_as_facts_confirm_it(
     assert (error.code, error.message, error.node_id) == (believed, "so it is", "n1")
 
 
-async def test_a_host_nobody_has_heard_of_is_a_lost_node(stage: Stage) -> None:
+async def test_an_unknown_host_is_a_lost_node(stage: Stage) -> None:
     await stage.phase("execute")
     await given(stage)
     assert await code_of(stage) == "node_lost"
@@ -294,7 +295,7 @@ async def test_a_run_is_lost_only_when_its_heartbeats_stop(stage: Stage) -> None
     async def falter(run: FakeRun) -> None:
         await accepted(run)
         for _ in range(8):
-            await run.say("heartbeat")
+            await run.publish("heartbeat")
             await asyncio.sleep(0.15)  # twice as long as silence is borne, in all
 
     await host(stage, falter)
@@ -309,11 +310,11 @@ async def test_a_run_is_lost_only_when_its_heartbeats_stop(stage: Stage) -> None
 @pytest.mark.slow
 async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
-        """Lose the last event; say it when asked once more."""
+        """Lose the last event; publish it when asked once more."""
         run.seq = run.request.from_seq
-        await run.say("accepted")
+        await run.publish("accepted")
         if run.request.from_seq:
-            await run.say("result", result=RunResult(content="as I said"))
+            await run.publish("result", result=RunResult(content="as before"))
 
     one = await host(stage, mumble)
     await stage.phase("execute")
@@ -321,7 +322,7 @@ async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None
     done = await outcome(stage)
 
     assert done.error is None
-    assert done.result == RunResult(content="as I said")
+    assert done.result == RunResult(content="as before")
     assert [run.request.from_seq for run in one.runs] == [0, 1]
 
 
@@ -350,13 +351,13 @@ async def test_a_cancelled_run_is_given_up_at_once(stage: Stage) -> None:
     await stage.phase("execute")
     env = await given(stage)
     await until(lambda: one.runs, what="it runs")
-    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", "somebody-elses"))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", "another-task"))
     await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     assert await code_of(stage) == "cancelled"
     assert stage.bus.clock.now() - env.deadline < -58
 
 
-async def test_a_cancel_is_heard_while_the_attempt_is_being_claimed(
+async def test_a_cancel_takes_effect_while_the_attempt_is_being_claimed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await host(stage, hang)
@@ -424,28 +425,28 @@ async def test_a_later_attempt_takes_over_from_an_earlier_one(stage: Stage) -> N
 
 
 class MovingHost:
-    """One run that, like a real host's, follows whoever asked for it last."""
+    """One run that, like a real host's, sends its events to the newest watcher."""
 
-    def __init__(self, *, says_moved: bool = True) -> None:
-        self.says_moved = says_moved
+    def __init__(self, *, publishes_moved: bool = True) -> None:
+        self.publishes_moved = publishes_moved
         self.watcher: FakeRun | None = None
 
     async def __call__(self, run: FakeRun) -> None:
-        if self.watcher is not None and self.says_moved:
-            await self.watcher.say("moved")
+        if self.watcher is not None and self.publishes_moved:
+            await self.watcher.publish("moved")
         self.watcher = run
         await accepted(run)
         while self.watcher is run:
-            await run.say("heartbeat")
+            await run.publish("heartbeat")
             await asyncio.sleep(0.05)
 
     async def finish(self) -> None:
         watcher, self.watcher = self.watcher, None
         assert watcher is not None
-        await watcher.say("result", result=RunResult(content="at last"))
+        await watcher.publish("result", result=RunResult(content="at last"))
 
 
-async def test_the_copy_of_a_message_reattaches_and_the_first_gives_way(stage: Stage) -> None:
+async def test_the_copy_of_a_message_reattaches_to_the_run_and_the_first_ends(stage: Stage) -> None:
     moving = MovingHost()
     one = await host(stage, moving)
     await stage.phase("execute")
@@ -454,7 +455,7 @@ async def test_the_copy_of_a_message_reattaches_and_the_first_gives_way(stage: S
     first = (await stage.read(env.task_id)).claim
     second = await stage.phase("execute")
     await stage.put("execute", env)  # as is left when a replica dies between passing it on and settling it
-    await until(lambda: len(one.runs) == 2, what="somebody re-attached")
+    await until(lambda: len(one.runs) == 2, what="a second watcher")
     assert [run.request.attempt for run in one.runs] == [1, 1]
     await stage.settled(left=1)  # the first copy, though it has no result
     assert not stage.all("task", phase="evaluate")
@@ -469,7 +470,7 @@ async def test_the_copy_of_a_message_reattaches_and_the_first_gives_way(stage: S
 async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: Stage) -> None:
     async def lie(run: FakeRun) -> None:
         await accepted(run)
-        await run.say("moved")
+        await run.publish("moved")
 
     one = await host(stage, lie)
     execute = await stage.phase("execute")
@@ -482,7 +483,7 @@ async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: S
 @pytest.mark.slow
 async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
     """Its host falls silent to the first watcher without saying that the run has moved."""
-    moving = MovingHost(says_moved=False)
+    moving = MovingHost(publishes_moved=False)
     one = await host(stage, moving)
     await stage.phase("execute")
     env = await given(stage)
@@ -495,13 +496,13 @@ async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("says_moved", [True, False])
+@pytest.mark.parametrize("publishes_moved", [True, False])
 async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, says_moved: bool
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, publishes_moved: bool
 ) -> None:
-    """The first replica lives but has told the server nothing for too long."""
+    """The first replica lives but has sent the server no progress ack for too long."""
     await stage.hurry(EXECUTE_LANE, 0.3)
-    moving = MovingHost(says_moved=says_moved)
+    moving = MovingHost(publishes_moved=publishes_moved)
     one = await host(stage, moving)
     monkeypatch.setattr("loom.phases.execute.service.SLOTS", 1)
     await stage.phase("execute")
@@ -603,11 +604,11 @@ async def test_many_runs_go_side_by_side(stage: Stage) -> None:
     one = await host(stage, None)
 
     async def meet(run: FakeRun) -> None:
-        await run.say("accepted")
+        await run.publish("accepted")
         if len(one.runs) == 40:
             together.set()
         await together.wait()
-        await run.say("result", result=RunResult(content=run.request.task_id))
+        await run.publish("result", result=RunResult(content=run.request.task_id))
 
     one.run = meet
     await stage.phase("execute")

@@ -11,6 +11,9 @@ from support.wait import until
 from loom.bus.logs.discard_reports import DiscardReport, merged_reports
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
+from loom.phases.execute.timings import ExecuteTimings
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Award, CallForBids
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
@@ -23,11 +26,11 @@ SHORT = ClusterConfig(bid_window_ms=40)
 Script = Callable[[FakeRun], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(
+        match=MatchTimings(no_offers_pause_s=0.05), execute=ExecuteTimings(accept_s=0.4, silence_s=0.6)
+    )
 
 
 def raws(*bodies: bytes) -> Script:
@@ -69,7 +72,9 @@ FORGIVEN: dict[str, tuple[tuple[bytes, ...], str]] = {
 
 
 @pytest.mark.parametrize(("bodies", "content"), FORGIVEN.values(), ids=FORGIVEN)
-async def test_what_is_forgiven_of_a_run_is_a_success(stage: Stage, bodies: tuple[bytes, ...], content: str) -> None:
+async def test_a_run_with_tolerated_mistakes_is_a_success(
+    stage: Stage, bodies: tuple[bytes, ...], content: str
+) -> None:
     ended, left_out = await run_on(stage, raws(*bodies))
     assert ended.error is None
     assert ended.result is not None
@@ -109,13 +114,13 @@ async def test_an_unreadable_event_on_the_way_keeps_the_run_alive_and_is_counted
     end = encode(RunEvent(seq=3, kind="result", result=RunResult(content="done")))
     bodies = (b'{"seq":0,"kind":"accepted"}', b'{"seq":1,"kind":"thinking"}', b"hello", delta, end)
     ended, left_out = await run_on(stage, raws(*bodies))
-    assert (ended.error, [said.seq for said in stage.all("delta")]) == (None, [2])
+    assert (ended.error, [delta.seq for delta in stage.all("delta")]) == (None, [2])
     assert left_out is not None
     assert left_out.counts == {"events": 2}
     assert "malformed" in left_out.last
 
 
-async def test_a_host_that_sends_no_json_is_lost_for_a_reason_its_author_can_read(stage: Stage) -> None:
+async def test_a_host_that_sends_no_json_is_lost_with_a_readable_reason(stage: Stage) -> None:
     ended, left_out = await run_on(stage, raws(b"hello"))
     assert ended.error is not None
     assert ended.error.code == "node_lost"

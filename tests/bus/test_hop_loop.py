@@ -1,4 +1,4 @@
-"""The hop loop: what becomes of each decision, and of a message nobody could decide about."""
+"""The hop loop: the effect of each decision, and of a message without one."""
 
 import asyncio
 import time
@@ -44,7 +44,7 @@ async def to_execute(env: Envelope, _: Delivery) -> Outcome:
 
 
 class Held:
-    """A handler that keeps its messages until it is told to go on."""
+    """A handler that keeps its messages until a test lets it go on."""
 
     def __init__(self, outcome: Outcome | None = None) -> None:
         self.go_on = asyncio.Event()
@@ -67,7 +67,7 @@ async def hasty(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> Bus:
 # -- decisions
 
 
-async def test_next_goes_to_the_phase_with_one_more_step_and_a_hop(bus: Bus, phases: Phases) -> None:
+async def test_the_next_decision_goes_to_the_phase_with_one_more_step_and_a_hop(bus: Bus, phases: Phases) -> None:
     before = bus.clock.now()
     phase = await phases.start(bus, to_execute)
     await put(bus, envelope(step=4, trace="00-ab-cd-01"))
@@ -107,7 +107,7 @@ async def test_a_hop_keeps_its_priority(bus: Bus, phases: Phases) -> None:
     assert (await hop(bus, "execute")).subject == bus.subjects.task("execute", "critical", "t1")
 
 
-async def test_what_follows_from_state_is_named_after_it(bus: Bus, phases: Phases) -> None:
+async def test_a_message_that_follows_from_state_is_named_after_it(bus: Bus, phases: Phases) -> None:
     async def join(env: Envelope, _: Delivery) -> Outcome:
         return Next("execute", env, msg_id=f"{env.task_id}:join")
 
@@ -116,8 +116,8 @@ async def test_what_follows_from_state_is_named_after_it(bus: Bus, phases: Phase
     assert (await hop(bus, "execute")).headers["Nats-Msg-Id"] == "t1:join"
 
 
-async def test_fail_goes_to_evaluate_with_the_error_and_no_result(bus: Bus, phases: Phases) -> None:
-    error = TaskError(code="no_bids", message="nobody")
+async def test_the_fail_decision_goes_to_evaluate_with_the_error_and_no_result(bus: Bus, phases: Phases) -> None:
+    error = TaskError(code="no_bids", message="no node")
 
     async def fail(env: Envelope, _: Delivery) -> Outcome:
         return Fail(error, env)
@@ -131,7 +131,7 @@ async def test_fail_goes_to_evaluate_with_the_error_and_no_result(bus: Bus, phas
     await settled(bus, 1)
 
 
-async def test_done_leaves_nothing(bus: Bus, phases: Phases) -> None:
+async def test_the_done_decision_leaves_nothing(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus)
     await put(bus, envelope())
     await phase.count(1)
@@ -139,7 +139,9 @@ async def test_done_leaves_nothing(bus: Bus, phases: Phases) -> None:
     assert (await lane(bus))["num_ack_pending"] == 0
 
 
-async def test_later_comes_back_after_its_delay_and_holds_no_slot_meanwhile(bus: Bus, phases: Phases) -> None:
+async def test_the_later_decision_comes_back_after_its_delay_and_holds_no_slot_meanwhile(
+    bus: Bus, phases: Phases
+) -> None:
     async def wait_once(env: Envelope, _: Delivery) -> Outcome:
         return Later(0.4, env) if env.task_id == "t1" and env.step == 0 else Done()
 
@@ -162,7 +164,7 @@ async def test_later_comes_back_after_its_delay_and_holds_no_slot_meanwhile(bus:
 
 
 @pytest.mark.slow
-async def test_a_repeated_later_extends_its_hop(bus: Bus, phases: Phases) -> None:
+async def test_a_repeated_later_decision_extends_its_hop(bus: Bus, phases: Phases) -> None:
     async def wait_thrice(env: Envelope, _: Delivery) -> Outcome:
         return Later(0.05, env) if env.step < 3 else Next("execute", env)
 
@@ -175,7 +177,7 @@ async def test_a_repeated_later_extends_its_hop(bus: Bus, phases: Phases) -> Non
 
 
 @pytest.mark.slow
-async def test_leave_settles_nothing_but_frees_the_slot(hasty: Bus, phases: Phases) -> None:
+async def test_the_leave_decision_settles_nothing_but_frees_the_slot(hasty: Bus, phases: Phases) -> None:
     async def leave_first(env: Envelope, delivery: Delivery) -> Outcome:
         return Leave() if env.task_id == "t1" and delivery.facts.delivered == 1 else Done()
 
@@ -325,7 +327,7 @@ async def test_no_more_are_handled_at_once_than_there_are_slots(bus: Bus, phases
     assert sorted(phase.tasks) == sorted(f"t{n}" for n in range(12))
 
 
-async def test_not_even_after_a_reconnect(bus: Bus, phases: Phases) -> None:
+async def test_no_more_are_handled_than_there_are_slots_even_after_a_reconnect(bus: Bus, phases: Phases) -> None:
     held = Held()
     phase = await phases.start(bus, held, lanes=[(SCALE_LANE, 3)])
     await until(lambda: phase.loop._consumers[0].pending == 3, what="the request")
@@ -371,7 +373,7 @@ async def test_a_window_of_the_services_own_holds_messages_back_until_topped_up(
     await phase.count(1)
 
 
-def test_a_fifth_of_the_slots_is_kept_for_what_is_urgent() -> None:
+def test_a_fifth_of_the_slots_is_kept_for_urgent_tasks() -> None:
     slots = {lane.name: lane_slots(lane, 100) for lane in MATCH_LANES}
     assert slots == {"match_low": 20, "match_normal": 60, "match_high": 10, "match_critical": 10}
 
@@ -384,19 +386,19 @@ async def test_a_message_delivered_more_than_three_times_is_handled_alone(bus: B
     await deliver_in_vain(bus, 3)
     for n in range(5):
         await put(bus, envelope(f"t{n}"))
-    beside: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
 
     async def look(env: Envelope, _: Delivery) -> Outcome:
         await turns()
-        beside[env.task_id] = [name for name in phase.running if name != env.task_id]
+        others[env.task_id] = [name for name in phase.running if name != env.task_id]
         await bus.requests.flush()
         return Done()
 
     phase = await phases.start(bus, look, lanes=[(SCALE_LANE, 8)])
     await phase.count(6)
     await settled(bus, 0)
-    assert beside.pop("poison") == []
-    assert any(beside.values())  # the others were together
+    assert others.pop("poison") == []
+    assert any(others.values())  # some ran at the same time
 
 
 async def test_a_message_delivered_three_times_is_not_yet_suspect(bus: Bus, phases: Phases) -> None:
@@ -438,7 +440,9 @@ async def test_a_suspect_that_has_shown_to_be_harmless_lets_the_others_in(bus: B
 
 
 @pytest.mark.slow
-async def test_long_work_is_not_given_to_another(hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_work_is_not_delivered_to_another_replica(
+    hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop_module, "IN_PROGRESS_S", 0.1)
     answers, held = record_answers(hasty), Held()
     phase = await phases.start(hasty, held)
@@ -453,7 +457,7 @@ async def test_long_work_is_not_given_to_another(hasty: Bus, phases: Phases, mon
 
 
 @pytest.mark.slow
-async def test_without_a_sign_of_progress_it_would_be(hasty: Bus, phases: Phases) -> None:
+async def test_long_work_without_a_progress_ack_is_delivered_to_another_replica(hasty: Bus, phases: Phases) -> None:
     held = Held()
     phase = await phases.start(hasty, held)
     await put(hasty, envelope())
@@ -462,7 +466,7 @@ async def test_without_a_sign_of_progress_it_would_be(hasty: Bus, phases: Phases
 
 
 @pytest.mark.slow
-async def test_progress_is_said_of_what_waits_for_its_turn_too(
+async def test_messages_that_wait_for_their_turn_get_progress_acks_too(
     hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "IN_PROGRESS_S", 0.1)
@@ -510,7 +514,7 @@ async def test_when_the_time_is_over_work_is_recalled_and_may_still_be_passed_on
     await settled(bus, 1)
 
 
-async def test_what_does_not_come_back_when_recalled_is_cancelled_and_given_to_another(
+async def test_work_that_does_not_end_when_recalled_is_cancelled_and_delivered_to_another(
     bus: Bus, connect: Connect, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "RECALL_S", 0.05)
@@ -525,7 +529,7 @@ async def test_what_does_not_come_back_when_recalled_is_cancelled_and_given_to_a
     await settled(bus, 0)
 
 
-async def test_what_waits_for_its_turn_is_given_back_too(
+async def test_a_message_that_waits_for_its_turn_is_given_back_too(
     bus: Bus, connect: Connect, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "RECALL_S", 0.05)

@@ -16,24 +16,26 @@ from support.stopping import stop
 from support.wait import until
 
 from loom.agents.host.runs import BATCH_BYTES, PATIENCE_S
+from loom.agents.host.timings import HostTimings
 from loom.agents.llm.agent import Agent
 from loom.bus.natsio.clock import ServerClock
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Offer
 from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
-from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunRequest, read_events
 from loom.types import AgentNode, CapabilityProfile
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=0.1))
 
 
 async def quick(description: str) -> str:
@@ -61,7 +63,7 @@ async def test_every_free_node_bids_with_its_claim_and_true_load(stage: Stage) -
     nodes = [node("n1", forever, claim=0.9, tools=("search",)), node("n2", claim=0.2)]
     host = await stage.host(nodes, slots=1, backlog=3)
     busy = await run(stage, host)
-    await busy.heard("started")
+    await busy.event("started")
     await run(stage, host, task_id="t2")
     await until(lambda: nodes[0].load == 0.5, what="two of four places are taken")
     offer = await call(stage)
@@ -70,13 +72,13 @@ async def test_every_free_node_bids_with_its_claim_and_true_load(stage: Stage) -
     assert (two.node_id, two.self_rating, two.load, two.backlog) == ("n2", 0.2, 0.0, 0)
 
 
-async def test_bids_tell_what_runs_took_so_far(stage: Stage) -> None:
+async def test_bids_have_the_tokens_runs_took_so_far(stage: Stage) -> None:
     async def slow(description: str) -> str:
         await asyncio.sleep(0.05)
         return description
 
     host = await stage.host([node(agent=slow)])
-    await (await run(stage, host)).heard("result")
+    await (await run(stage, host)).event("result")
     assert (await call(stage)).bids[0].expected_s > 0.04
 
 
@@ -109,7 +111,7 @@ async def test_a_node_without_an_agent_bids_once_it_gets_one(stage: Stage) -> No
     late = node(agent=None)
     host = await stage.host([late])
     assert (await call(stage)).decline == "unqualified"
-    assert (await (await run(stage, host)).heard("rejected")).code == "unqualified"
+    assert (await (await run(stage, host)).event("rejected")).code == "unqualified"
     late.agent = quick
     assert (await call(stage)).bids
 
@@ -117,34 +119,34 @@ async def test_a_node_without_an_agent_bids_once_it_gets_one(stage: Stage) -> No
 async def test_a_full_node_is_busy_and_refuses_a_run(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)], slots=1, backlog=1)
     for n in range(2):
-        await (await run(stage, host, task_id=f"t{n}")).heard("accepted")
+        await (await run(stage, host, task_id=f"t{n}")).event("accepted")
     assert (await call(stage)).decline == "busy"
     assert (await call(stage, excluded=("n1",))).decline == "unqualified"
-    assert (await (await run(stage, host, task_id="t9")).heard("rejected")).code == "busy"
+    assert (await (await run(stage, host, task_id="t9")).event("rejected")).code == "busy"
 
 
 async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> None:
     host = await stage.host([node()])
-    assert (await (await run(stage, host, node_id="gone")).heard("rejected")).code == "unqualified"
+    assert (await (await run(stage, host, node_id="gone")).event("rejected")).code == "unqualified"
 
 
-async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> None:
+async def test_bytes_that_are_not_a_call_or_a_request_do_no_harm(stage: Stage) -> None:
     host = await stage.host([node()])
     watcher = Watcher(stage.bus)
     await stage.bus.connection.publish(stage.bus.subjects.of("auction", "code"), b"\xff")
     await stage.bus.connection.publish(stage.bus.subjects.of("stop", "local", host.host_id), b"{")
     await watcher.send(host, b"{")
-    assert (await watcher.heard("rejected")).code == "unqualified"
+    assert (await watcher.event("rejected")).code == "unqualified"
     assert (await call(stage)).bids
 
 
 # -- runs
 
 
-async def test_a_run_tells_its_story_in_numbered_events(stage: Stage) -> None:
+async def test_a_run_publishes_its_progress_in_numbered_events(stage: Stage) -> None:
     host = await stage.host([node()])
     watcher = await run(stage, host)
-    result = (await watcher.heard("result")).result
+    result = (await watcher.event("result")).result
     assert result is not None
     assert result.content == "did it"
     assert watcher.kinds()[:2] == ["accepted", "started"]
@@ -152,10 +154,10 @@ async def test_a_run_tells_its_story_in_numbered_events(stage: Stage) -> None:
     assert "".join(e.event.text for e in watcher.events if isinstance(e.event, TextDelta)) == "did it"
 
 
-async def test_what_becomes_of_a_short_run_is_told_in_one_message(stage: Stage) -> None:
+async def test_all_events_of_a_short_run_come_in_one_message(stage: Stage) -> None:
     host = await stage.host([node()])
     watcher = await run(stage, host)
-    await watcher.heard("result")
+    await watcher.event("result")
     assert len(watcher.bodies) == 2
     assert [event.seq for event in watcher.events] == list(range(len(watcher.events)))
 
@@ -169,11 +171,11 @@ async def test_a_run_is_accepted_before_an_agent_gets_the_loop_that_may_keep_it(
     host = await stage.host([node(agent=moody)])
     for task_id, description in (("t1", "it"), ("t2", "block")):  # a quick run promises nothing of the next
         watcher = await run(stage, host, task_id=task_id, description=description)
-        await watcher.heard("result")
+        await watcher.event("result")
         assert [event.kind for event in read_events(watcher.bodies[0])] == ["accepted"]
 
 
-async def test_a_run_ends_whatever_an_agent_makes_its_last_event_of(stage: Stage) -> None:
+async def test_a_run_ends_whatever_the_last_event_of_its_agent_holds(stage: Stage) -> None:
     class Mute(LoomError):
         def __init__(self) -> None:
             pass  # and so has no message
@@ -200,7 +202,7 @@ async def test_a_run_ends_whatever_an_agent_makes_its_last_event_of(stage: Stage
     assert watchers[3].events[-1].error.message == "gave up"  # type: ignore[union-attr]
 
 
-async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage) -> None:
+async def test_the_text_of_an_agent_comes_in_messages_of_bounded_size(stage: Stage) -> None:
     async def talk(description: str) -> AsyncIterator[str]:
         for size in (1, 4000) * 100:
             yield "x" * size
@@ -213,7 +215,7 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
     host = await stage.host([node("n1", talk), node("n2", Reasons())])
     many, large = await run(stage, host), await run(stage, host, task_id="t2", node_id="n2")
     for watcher in (many, large):
-        await watcher.heard("result")
+        await watcher.event("result")
         assert [event.seq for event in watcher.events] == list(range(len(watcher.events)))
         for body in watcher.bodies:
             events = read_events(body)
@@ -223,29 +225,29 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
 
 @pytest.mark.slow
 async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
-    server: NatsServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+    server: NatsServer, namespace: str, timings: ServiceTimings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 10**9)
-    said, most, moved_at = 0, 25_000, time.monotonic()
+    published, most, moved_at = 0, 25_000, time.monotonic()
 
     async def talk(description: str) -> AsyncIterator[str]:
-        nonlocal said, moved_at
-        while said < most:  # 100 MB if nobody slows it
-            said, moved_at = said + 1, time.monotonic()
+        nonlocal published, moved_at
+        while published < most:  # 100 MB unless it is slowed
+            published, moved_at = published + 1, time.monotonic()
             yield "x" * 4000
 
-    async with Stage(server.url, namespace) as stage:
+    async with Stage(server.url, namespace, timings) as stage:
         host = await stage.host([node(agent=talk)])
         stop(server.pid)
         try:
             request = RunRequest(task_id="t1", node_id="n1", description="it")
             reply = host.bus.subjects.of("event", "local", host.host_id, "none", "none")
             host._on_run(Msg("", reply, encode(request)))
-            await until(lambda: said and time.monotonic() - moved_at > 0.5, within_s=8, what="it waits")
-            assert said < most / 2
+            await until(lambda: published and time.monotonic() - moved_at > 0.5, within_s=8, what="it waits")
+            assert published < most / 2
         finally:
             os.kill(server.pid, signal.SIGCONT)
-        await until(lambda: said == most, within_s=60, what="it goes on")
+        await until(lambda: published == most, within_s=60, what="it goes on")
 
 
 async def test_slots_are_filled_the_rest_queues_by_priority_and_sends_heartbeats(stage: Stage) -> None:
@@ -259,23 +261,23 @@ async def test_slots_are_filled_the_rest_queues_by_priority_and_sends_heartbeats
 
     host = await stage.host([node(agent=work)], slots=1, backlog=9)
     first = await run(stage, host, task_id="first")
-    await first.heard("started")
+    await first.event("started")
     waiting = {}
     for name in ("low", "normal", "critical", "high"):
         waiting[name] = await run(stage, host, task_id=name, priority=name)
-        await waiting[name].heard("accepted")
-    await waiting["low"].heard("heartbeat", count=2)
+        await waiting[name].event("accepted")
+    await waiting["low"].event("heartbeat", count=2)
     assert waiting["low"].kinds() == ["accepted"]
     for _ in range(5):
         gate.release()
-    await waiting["low"].heard("result")
+    await waiting["low"].event("result")
     assert order == ["first", "critical", "high", "normal", "low"]
 
 
 async def test_a_node_shows_whether_it_works(stage: Stage) -> None:
     busy = node(agent=forever)
     host = await stage.host([busy])
-    await (await run(stage, host)).heard("started")
+    await (await run(stage, host)).event("started")
     assert (busy.status, busy.load > 0) == ("busy", True)
     await stop_run(stage.bus, host)
     await until(lambda: (busy.status, busy.load) == ("idle", 0), what="it is idle again")
@@ -312,8 +314,8 @@ async def empty(description: str) -> str:
         raising(SystemExit(1)),
         raising(asyncio.CancelledError()),
         raising(LoomError("plain")),
-        raising(NodeBusy("would go round for ever")),
-        raising(Cancelled("is not the agent's to say")),
+        raising(NodeBusy("would repeat without end")),
+        raising(Cancelled("is not allowed from an agent")),
         raising(RuntimeError("half a pair: \ud83d")),
         raising(AgentFailed("half a pair: \ud83d")),
         raising(AgentFailed(7)),  # type: ignore[arg-type]
@@ -330,23 +332,23 @@ async def empty(description: str) -> str:
         "not an agent",
     ],
 )
-async def test_an_agent_that_raises_or_says_nothing_has_failed(stage: Stage, agent: Any) -> None:
+async def test_an_agent_that_raises_or_yields_nothing_has_failed(stage: Stage, agent: Any) -> None:
     nodes = [node(agent=agent)]
     host = await stage.host(nodes, slots=1)
     watcher = await run(stage, host)
     assert await watcher.code() == "agent_failed"
     nodes[0].agent = quick
-    await (await run(stage, host, task_id="t2")).heard("result")  # its slot is free again
+    await (await run(stage, host, task_id="t2")).event("result")  # its slot is free again
 
 
-async def test_a_budget_that_is_spent_is_said_as_such(stage: Stage) -> None:
+async def test_a_spent_budget_has_an_error_code_of_its_own(stage: Stage) -> None:
     host = await stage.host([node(agent=raising(BudgetExceeded("spent")))])
     assert await (await run(stage, host)).code() == "budget_exceeded"
 
 
 async def test_a_wait_an_agent_asks_for_is_passed_on(stage: Stage) -> None:
     host = await stage.host([node(agent=raising(AgentFailed("too busy", retry_after_s=7)))])
-    error = (await (await run(stage, host)).heard("error")).error
+    error = (await (await run(stage, host)).event("error")).error
     assert error is not None
     assert (error.code, error.message, error.retry_after_s) == ("agent_failed", "too busy", 7)
 
@@ -362,10 +364,10 @@ async def test_a_node_that_leaves_before_its_run_begins_fails_it(stage: Stage) -
     host = await stage.host(lambda: nodes, slots=1)
     running = await run(stage, host)
     queued = await run(stage, host, task_id="t2")
-    await queued.heard("accepted")
+    await queued.event("accepted")
     nodes.clear()
     gate.set()
-    await running.heard("result")
+    await running.event("result")
     assert await queued.code() == "agent_failed"
     await until(lambda: not host._queues.by_node, what="nothing is left of the node")
 
@@ -385,14 +387,14 @@ async def test_a_second_request_for_a_running_attempt_moves_its_events(stage: St
 
     host = await stage.host([node(agent=work)])
     first = await run(stage, host)
-    await first.heard("delta", count=2)  # the step's start, and a text
+    await first.event("delta", count=2)  # the step's start, and a text
     second = await run(stage, host)
-    await second.heard("delta", count=2)
-    await first.heard("moved")
+    await second.event("delta", count=2)
+    await first.event("moved")
     third = await run(stage, host, from_seq=3)
-    await second.heard("moved")
+    await second.event("moved")
     go.set()
-    await third.heard("result")
+    await third.event("result")
     assert starts == ["it"]
     assert first.kinds() == ["accepted", "started", "delta", "delta", "moved"]
     assert second.kinds() == ["accepted", "started", "delta", "delta", "moved"]
@@ -409,20 +411,20 @@ async def test_a_request_for_a_finished_attempt_repeats_its_end(stage: Stage) ->
         return "x"
 
     host = await stage.host([node(agent=work)])
-    first = await (await run(stage, host)).heard("result")
+    first = await (await run(stage, host)).event("result")
     second = await run(stage, host)
-    assert await second.heard("result") == first
+    assert await second.event("result") == first
     assert second.kinds() == ["result"]
-    await (await run(stage, host, attempt=2)).heard("result")
+    await (await run(stage, host, attempt=2)).event("result")
     assert len(runs) == 2
 
 
 async def test_a_later_attempt_ends_an_earlier_one(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
     first = await run(stage, host)
-    await first.heard("started")
+    await first.event("started")
     second = await run(stage, host, attempt=2)
-    await second.heard("started")
+    await second.event("started")
     assert await first.code() == "cancelled"
 
 
@@ -441,11 +443,11 @@ async def test_a_long_history_moves_in_order_while_the_run_goes_on(stage: Stage)
     first = await run(stage, host)
     await go.wait()
     second = await run(stage, host)
-    await second.heard("heartbeat", count=2, within_s=15)
+    await second.event("heartbeat", count=2, within_s=15)
     assert all(len(body) <= BATCH_BYTES + 1024 for body in second.bodies)
     await stop_run(stage.bus, host)
-    await second.heard("error", within_s=15)
-    await first.heard("moved", within_s=15)
+    await second.event("error", within_s=15)
+    await first.event("moved", within_s=15)
     numbers = [event.seq for event in second.events]
     assert numbers == sorted(numbers)
 
@@ -467,8 +469,8 @@ async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage)
     threaded = await run(stage, host)
     awaiting = await run(stage, host, node_id="n2", task_id="t2")
     queued = await run(stage, host, node_id="n2", task_id="t3")
-    await threaded.heard("started")
-    await queued.heard("accepted")
+    await threaded.event("started")
+    await queued.event("accepted")
     started = time.monotonic()
     for task_id in ("t1", "t2", "t3"):
         await stop_run(stage.bus, host, task_id)
@@ -477,9 +479,9 @@ async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage)
     assert time.monotonic() - started < 1
     assert "started" not in queued.kinds()
     next_one = await run(stage, host, task_id="t4")
-    await next_one.heard("started")  # the slot is free, though the thread still runs
+    await next_one.event("started")  # the slot is free, though the thread still runs
     ended.set()
-    await next_one.heard("result")
+    await next_one.event("result")
 
 
 @pytest.mark.parametrize(
@@ -496,25 +498,25 @@ async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage)
 )
 async def test_a_run_request_whose_events_would_go_elsewhere_is_refused_and_counted(stage: Stage, reply: str) -> None:
     host = await stage.host([node()])
-    heard: list[Msg] = []
+    received: list[Msg] = []
     subject = reply.format(ns=stage.namespace, host=host.host_id)
     if subject:
-        await stage.bus.connection.subscribe_sync(subject, heard.append)
+        await stage.bus.connection.subscribe_sync(subject, received.append)
     request = RunRequest(task_id="t1", node_id="n1", description="it")
     await stage.bus.connection.publish(stage.bus.subjects.of("run", "local", host.host_id), request, reply=subject)
     await stage.bus.connection.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=subject)
     await until(lambda: host.bus.discards.counts["run_request_refused"] == 2, what="both are counted")
     await quiet(stage.bus, host.bus)
-    assert (heard, host._runs.active()) == ([], [])
+    assert (received, host._runs.active()) == ([], [])
 
 
 async def test_a_stop_ends_the_attempt_it_names_and_no_other(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
     watcher = await run(stage, host, attempt=2)
-    await watcher.heard("started")
+    await watcher.event("started")
     await stop_run(stage.bus, host, attempt=1)
     await stop_run(stage.bus, host, "t2", attempt=2)
-    await watcher.heard("heartbeat", count=2)
+    await watcher.event("heartbeat", count=2)
     assert not watcher.has("error")
     await stop_run(stage.bus, host, attempt=2)
     assert await watcher.code() == "cancelled"
@@ -523,10 +525,10 @@ async def test_a_stop_ends_the_attempt_it_names_and_no_other(stage: Stage) -> No
 async def test_a_host_does_not_listen_to_cancels(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
     watcher = await run(stage, host)
-    await watcher.heard("started")
+    await watcher.event("started")
     await stage.bus.connection.publish(stage.bus.subjects.of("cancel", "t1"))
     await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", "t1"))
-    await watcher.heard("heartbeat", count=2)
+    await watcher.event("heartbeat", count=2)
     assert not watcher.has("error")
 
 
@@ -548,7 +550,7 @@ async def test_a_node_is_announced_once_it_has_an_agent(stage: Stage) -> None:
     assert (await stage.seen("lifecycle", kind="joined")).node_id == "n1"
 
 
-async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
+async def test_no_event_is_published_after_the_last_one(stage: Stage) -> None:
     class Deaf:
         async def stream(self, _job: RunRequest) -> AsyncIterator[Any]:
             while True:
@@ -561,7 +563,7 @@ async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
 
     host = await stage.host([node(agent=Deaf())])
     watcher = await run(stage, host)
-    await watcher.heard("started")
+    await watcher.event("started")
     await stop_run(stage.bus, host)
     assert await watcher.code() == "cancelled"
     await until(lambda: not host._queues.get_or_create("n1").running, what="it has come to its end")
@@ -592,7 +594,7 @@ async def test_time_in_the_backlog_counts_against_the_deadline(stage: Stage) -> 
     expired = await run(stage, host, task_id="t3", remaining_s=0.2)
     assert await expired.code() == "deadline_exceeded"
     go.set()
-    await later.heard("result")
+    await later.event("result")
     assert given[1] < 59.9
     assert expired.kinds() == ["accepted", "error"]
 
@@ -608,7 +610,7 @@ async def test_time_in_the_backlog_counts_against_the_deadline(stage: Stage) -> 
         {"sent": 0.0, "deadline": -0.01, "attempt": 2},
     ],
 )
-async def test_an_old_request_begins_nothing(stage: Stage, old: dict[str, Any]) -> None:
+async def test_an_old_request_starts_no_run(stage: Stage, old: dict[str, Any]) -> None:
     begun: list[str] = []
 
     async def work(job: RunRequest) -> str:
@@ -620,7 +622,7 @@ async def test_an_old_request_begins_nothing(stage: Stage, old: dict[str, Any]) 
     facts = {name: now + old[key] for name, key in (("sent_at", "sent"), ("deadline", "deadline")) if key in old}
     with capture_logs() as logs:
         watcher = await run(stage, host, attempt=old.get("attempt", 1), **facts)
-        await (await run(stage, host, task_id="t2", sent_at=now, deadline=now + 60)).heard("result")
+        await (await run(stage, host, task_id="t2", sent_at=now, deadline=now + 60)).event("result")
     assert begun == ["t2"]
     assert watcher.events == []
     assert [log["task_id"] for log in logs if log["event"] == "run_request_ignored"] == ["t1"]
@@ -630,7 +632,7 @@ async def test_a_host_that_does_not_know_the_servers_time_goes_by_what_is_left(s
     host = await stage.host([node()])
     host.bus.clock = ServerClock()
     now = stage.bus.clock.now()
-    await (await run(stage, host, sent_at=now - 30, deadline=now - 10, remaining_s=20)).heard("result")
+    await (await run(stage, host, sent_at=now - 30, deadline=now - 10, remaining_s=20)).event("result")
 
 
 async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(stage: Stage) -> None:
@@ -643,10 +645,10 @@ async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(s
     host = await stage.host([node(agent=work)])
     await run(stage, host)
     second = await run(stage, host, sent_at=stage.bus.clock.now() - 30)
-    await second.heard("accepted")
+    await second.event("accepted")
     go.set()
-    await second.heard("result")
-    await (await run(stage, host, sent_at=stage.bus.clock.now() - 30)).heard("result")
+    await second.event("result")
+    await (await run(stage, host, sent_at=stage.bus.clock.now() - 30)).event("result")
 
 
 async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_read(stage: Stage) -> None:
@@ -656,9 +658,9 @@ async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_re
     assert await watcher.code() == "deadline_exceeded"
 
 
-async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage) -> None:
     """Its slot becomes free before the next heartbeat looks at it."""
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 30)
+    stage.timings = ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=30))
     begun: list[str] = []
     go = asyncio.Event()
 
@@ -671,12 +673,12 @@ async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monke
     await run(stage, host)
     late = [await run(stage, host, task_id=f"late{n}", deadline=stage.bus.clock.now() + 0.2) for n in range(2)]
     last = await run(stage, host, task_id="last")
-    await last.heard("accepted")
+    await last.event("accepted")
     await until(
         lambda: all(each.left_s <= 0 for each in host._runs.active() if each.request.deadline), what="it is late"
     )
     go.set()
-    await last.heard("result")
+    await last.event("result")
     assert [await each.code() for each in late] == ["deadline_exceeded"] * 2
     assert begun == ["t1", "last"]
 
@@ -705,7 +707,7 @@ async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> Non
     for attempt in (1, 2):
         one = await run(stage, host, task_id="t1", attempt=attempt, description="apples")
         two = await run(stage, host, task_id="t2", attempt=attempt, description="pears")
-        contents = [(await watcher.heard("result")).result for watcher in (one, two)]
+        contents = [(await watcher.event("result")).result for watcher in (one, two)]
         assert [found and found.content for found in contents] == ["be kind | apples", "be kind | pears"]
 
 
@@ -714,21 +716,27 @@ async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> Non
 
 async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) -> None:
     host = await stage.host([node("n1"), node("n2")], slots=3)
-    said = await stage.seen("host", host_id=host.host_id, count=3)
-    assert (said.node_ids, said.slots, said.running, said.queued, said.draining) == (("n1", "n2"), 6, 0, 0, False)
+    announcement = await stage.seen("host", host_id=host.host_id, count=3)
+    assert (
+        announcement.node_ids,
+        announcement.slots,
+        announcement.running,
+        announcement.queued,
+        announcement.draining,
+    ) == (("n1", "n2"), 6, 0, 0, False)
     await stage.bus.connection.publish(stage.bus.subjects.hosts)
     await stage.seen("host", host_id=host.host_id, count=len(stage.all("host")) + 1)
 
 
-async def test_announcements_tell_how_much_is_going_on(stage: Stage) -> None:
+async def test_announcements_count_running_and_queued_runs(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)], slots=1)
     for n in range(3):
-        await (await run(stage, host, task_id=f"t{n}")).heard("accepted")
+        await (await run(stage, host, task_id=f"t{n}")).event("accepted")
     await until(lambda: stage.all("host")[-1].queued == 2, what="two queue")
     assert stage.all("host")[-1].running == 1
 
 
-async def test_nodes_that_come_and_go_are_told_of(stage: Stage) -> None:
+async def test_nodes_that_come_and_go_are_announced(stage: Stage) -> None:
     nodes = [node("n1")]
     host = await stage.host(lambda: nodes)
     joined = await stage.seen("lifecycle", kind="joined", node_id="n1")
@@ -742,11 +750,11 @@ async def test_nodes_that_come_and_go_are_told_of(stage: Stage) -> None:
     assert not stage.all("lifecycle", kind="left", node_id="n2")
 
 
-async def test_what_is_learned_of_a_node_is_mirrored_into_it(stage: Stage) -> None:
+async def test_the_learned_profile_of_a_node_is_mirrored_into_it(stage: Stage) -> None:
     mine = node("n1")
     await stage.host([mine])
     subject = stage.bus.subjects.of
-    for node_id, tasks in (("somebody-else", 9), ("n1", 7)):
+    for node_id, tasks in (("another", 9), ("n1", 7)):
         profile = NodeProfile(node_id=node_id, total_tasks=tasks, success_rate=0.25, consecutive_losses=2)
         news = Lifecycle(kind="learned", node_id=node_id, at=0, profile=profile)
         await stage.bus.connection.publish(subject("lifecycle", "adapt", "learned", "local", node_id), news)
@@ -766,24 +774,24 @@ async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage)
 
     host = await stage.host([node(agent=work)], slots=1)
     running, queued = await run(stage, host), await run(stage, host, task_id="t2")
-    await running.heard("started")
-    await queued.heard("accepted")
+    await running.event("started")
+    await queued.event("accepted")
     draining = asyncio.ensure_future(host.drain(5))
     assert await queued.code() == "node_busy"  # it had not begun: another node may as well
     assert (await call(stage)).decline == "draining"
-    assert (await (await run(stage, host, task_id="t3")).heard("rejected")).code == "busy"
+    assert (await (await run(stage, host, task_id="t3")).event("rejected")).code == "busy"
     assert stage.all("host", host_id=host.host_id)[-1].draining
     go.set()
-    await running.heard("result")
+    await running.event("result")
     await draining
     await stage.seen("lifecycle", kind="left", node_id="n1")
     assert queued.kinds() == ["accepted", "error"]
 
 
-async def test_what_a_drain_has_no_time_for_is_given_back(stage: Stage) -> None:
+async def test_runs_a_drain_has_no_time_for_are_given_back(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
     watcher = await run(stage, host)
-    await watcher.heard("started")
+    await watcher.event("started")
     await host.drain(0.1)
     assert await watcher.code() == "node_busy"
     await host.drain(0.1)
@@ -793,6 +801,6 @@ async def test_what_a_drain_has_no_time_for_is_given_back(stage: Stage) -> None:
 async def test_a_host_whose_connection_is_closed_gives_its_runs_back(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
     watcher = await run(stage, host)
-    await watcher.heard("started")
+    await watcher.event("started")
     await host.bus.close()
     assert await watcher.code() == "node_busy"

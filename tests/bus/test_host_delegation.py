@@ -13,8 +13,10 @@ from support.wait import until
 
 from loom import delegate
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
+from loom.runner.timings import ServiceTimings
 from loom.schemas.errors import SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
 from loom.schemas.run import RunEvent, RunRequest, delegated_id, read_events
@@ -24,9 +26,9 @@ from loom.types import AgentNode, CapabilityProfile
 CHILD = delegated_id("t1", 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(heartbeat_s=0.1))
 
 
 def node(agent: Any) -> AgentNode:
@@ -70,11 +72,11 @@ class Watcher:
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events if event.kind not in ("heartbeat", "delta")]
 
-    async def heard(self, kind: str, *, count: int = 1) -> RunEvent:
+    async def event(self, kind: str, *, count: int = 1) -> RunEvent:
         def found() -> list[RunEvent]:
             return [event for event in self.events if event.kind == kind]
 
-        await until(lambda: len(found()) >= count, within_s=20, what=f"{count} {kind}; heard {self.kinds()}")
+        await until(lambda: len(found()) >= count, within_s=20, what=f"{count} {kind}; recorded {self.kinds()}")
         return found()[count - 1]
 
 
@@ -85,25 +87,25 @@ async def watch(stage: Stage, host: NodeHost, **facts: Any) -> Watcher:
 async def ask_one(job: RunRequest) -> str:
     if job.description == "plain":
         return "plain"
-    return f"they say {await delegate('two and two', domain='math', context={'k': 1})}"
+    return f"the parts are {await delegate('two and two', domain='math', context={'k': 1})}"
 
 
 async def test_a_delegating_run_waits_without_a_slot_and_goes_on_with_the_answer(stage: Stage) -> None:
     host = await stage.host([node(ask_one)], slots=1)
     one = await watch(stage, host, priority="high", token_budget=100)
-    ad = (await one.heard("waiting")).ad
+    ad = (await one.event("waiting")).ad
     assert ad is not None
     assert (ad.task_id, ad.description, ad.domain, ad.context) == (CHILD, "two and two", "math", {"k": 1})
     assert (ad.priority, ad.token_budget) == ("high", 50)
-    await one.heard("heartbeat", count=2)
+    await one.event("heartbeat", count=2)
     other = await watch(stage, host, task_id="t2", description="plain")
-    await other.heard("result")  # in the one slot there is
+    await other.event("result")  # in the one slot there is
     await one.answer()
-    result = (await one.heard("result")).result
+    result = (await one.event("result")).result
     assert result is not None
-    assert result.content == "they say four"
+    assert result.content == "the parts are four"
     assert one.kinds() == ["accepted", "started", "waiting", "accepted", "resumed", "result"]
-    assert (await one.heard("resumed")).task_id == CHILD
+    assert (await one.event("resumed")).task_id == CHILD
     numbers = [event.seq for event in one.events if event.kind != "accepted"]
     assert numbers == sorted(set(numbers))
 
@@ -122,21 +124,21 @@ async def test_an_answered_run_waits_for_a_slot_ahead_of_newcomers(stage: Stage)
 
     host = await stage.host([node(work)], slots=1)
     one = await watch(stage, host)
-    await one.heard("waiting")
-    await (await watch(stage, host, task_id="holder")).heard("started")
+    await one.event("waiting")
+    await (await watch(stage, host, task_id="holder")).event("started")
     late = await watch(stage, host, task_id="late", priority="critical")
-    await late.heard("accepted")
+    await late.event("accepted")
     await one.answer()
-    await one.heard("resumed")
-    await one.heard("heartbeat", count=len([e for e in one.events if e.kind == "heartbeat"]) + 2)
+    await one.event("resumed")
+    await one.event("heartbeat", count=len([e for e in one.events if e.kind == "heartbeat"]) + 2)
     assert order == ["holder"]
     gate.set()
-    await late.heard("result")
+    await late.event("result")
     assert order == ["holder", "t1", "late"]
 
 
-async def test_whoever_watches_next_is_told_of_what_is_still_waited_for(stage: Stage) -> None:
-    told = asyncio.Event()
+async def test_the_next_watcher_gets_the_delegations_that_are_still_awaited(stage: Stage) -> None:
+    progressed = asyncio.Event()
 
     async def work(job: RunRequest) -> AsyncIterator[str]:
         answer = asyncio.ensure_future(delegate("slow"))
@@ -144,30 +146,30 @@ async def test_whoever_watches_next_is_told_of_what_is_still_waited_for(stage: S
         await delegate("quick")
         for _ in range(1100):  # more than a host remembers
             yield "."
-        told.set()
+        progressed.set()
         yield await answer
 
     host = await stage.host([node(work)])
     one = await watch(stage, host)
-    await one.heard("waiting", count=2)
+    await one.event("waiting", count=2)
     await one.answer(delegated_id("t1", 1, 2))
-    await told.wait()
+    await progressed.wait()
     two = await watch(stage, host)
-    waiting = await two.heard("waiting")
+    waiting = await two.event("waiting")
     assert waiting.ad is not None
     assert (waiting.ad.task_id, waiting.ad.description) == (CHILD, "slow")
     assert [event.seq for event in two.events][:2] == sorted(event.seq for event in two.events)[:2]
-    await one.heard("moved")
-    for _ in range(2):  # a repeated answer harms nobody
+    await one.event("moved")
+    for _ in range(2):  # a repeated answer does no harm
         await two.answer(content="at last")
-    result = (await two.heard("result")).result
+    result = (await two.event("result")).result
     assert result is not None
     assert result.content.endswith("at last")
     assert two.kinds().count("waiting") == 1
 
 
-async def test_events_about_delegation_are_sent_again_however_much_was_said_since(stage: Stage) -> None:
-    said = asyncio.Event()
+async def test_events_about_delegation_are_sent_again_however_many_events_followed(stage: Stage) -> None:
+    progressed = asyncio.Event()
 
     async def work(job: RunRequest) -> AsyncIterator[str]:
         answer = asyncio.ensure_future(delegate("slow"))
@@ -175,19 +177,19 @@ async def test_events_about_delegation_are_sent_again_however_much_was_said_sinc
         await delegate("quick")
         for _ in range(1100):  # more than a host keeps of them
             yield "."
-        said.set()
+        progressed.set()
         yield await answer
 
     host = await stage.host([node(work)])
     one = await watch(stage, host)
-    await one.heard("waiting", count=2)
+    await one.event("waiting", count=2)
     await one.answer(delegated_id("t1", 1, 2))
-    await said.wait()
-    await one.heard("delta", count=1100)
-    waiting, resumed = await one.heard("waiting"), await one.heard("resumed")
+    await progressed.wait()
+    await one.event("delta", count=1100)
+    waiting, resumed = await one.event("waiting"), await one.event("resumed")
     seen = len(one.events)
     await one.ask(from_seq=waiting.seq)
-    await one.heard("resumed", count=2)
+    await one.event("resumed", count=2)
     again = one.events[seen:]
     kept = [event for event in again if event.kind in ("accepted", "waiting", "resumed")]
     assert (kept[0].kind, kept[0].seq) == ("accepted", 0)
@@ -204,14 +206,14 @@ async def test_several_parts_at_once_hold_no_slot_until_all_have_come(stage: Sta
 
     host = await stage.host([node(work)], slots=1)
     one = await watch(stage, host)
-    await one.heard("waiting", count=3)
+    await one.event("waiting", count=3)
     ids = [event.ad.task_id for event in one.events if event.ad]
     assert ids == [delegated_id("t1", 1, call) for call in (1, 2, 3)]
     for n, task_id in enumerate(ids):
-        await (await watch(stage, host, task_id=f"other{n}", description="plain")).heard("result")
+        await (await watch(stage, host, task_id=f"other{n}", description="plain")).event("result")
         await one.answer(task_id, f"p{n}")
-        await one.heard("resumed", count=n + 1)
-    result = (await one.heard("result")).result
+        await one.event("resumed", count=n + 1)
+    result = (await one.event("result")).result
     assert result is not None
     assert result.content == "p0 p1 p2"
     assert not host._queues.get_or_create("n1").busy
@@ -227,19 +229,19 @@ async def test_a_failed_part_is_an_error_the_agent_may_catch(stage: Stage) -> No
             raise
 
     host = await stage.host([node(work)])
-    failed: dict[str, Any] = {"state": "failed", "error": TaskError(code="no_bids", message="nobody can fly")}
+    failed: dict[str, Any] = {"state": "failed", "error": TaskError(code="no_bids", message="no node can fly")}
     one = await watch(stage, host, description="brave")
-    await one.heard("waiting")
+    await one.event("waiting")
     await one.answer(**failed)
-    result = (await one.heard("result")).result
+    result = (await one.event("result")).result
     assert result is not None
-    assert result.content == "never mind: delegated work failed: no_bids: nobody can fly"
+    assert result.content == "never mind: delegated work failed: no_bids: no node can fly"
     two = await watch(stage, host, attempt=2)
-    await two.heard("waiting")
+    await two.event("waiting")
     await two.answer(delegated_id("t1", 2, 1), **failed)
-    error = (await two.heard("error")).error
+    error = (await two.event("error")).error
     assert error is not None
-    assert (error.code, error.message) == ("subtask_failed", "delegated work failed: no_bids: nobody can fly")
+    assert (error.code, error.message) == ("subtask_failed", "delegated work failed: no_bids: no node can fly")
 
 
 async def test_an_agent_may_stop_waiting(stage: Stage) -> None:
@@ -252,7 +254,7 @@ async def test_an_agent_may_stop_waiting(stage: Stage) -> None:
 
     host = await stage.host([node(work)], slots=1)
     one = await watch(stage, host)
-    result = (await one.heard("result")).result
+    result = (await one.event("result")).result
     assert result is not None
     assert result.content == "without them"
     assert one.kinds() == ["accepted", "started", "waiting", "resumed", "result"]
@@ -264,12 +266,12 @@ async def test_an_agent_may_stop_waiting(stage: Stage) -> None:
 async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
     host = await stage.host([node(ask_one)], slots=1)
     one = await watch(stage, host, remaining_s=0.5 if how == "deadline_exceeded" else 60)
-    await one.heard("waiting")
+    await one.event("waiting")
     if how == "cancelled":
         await stop_run(stage.bus, host)
     elif how == "node_busy":
         await host.drain(0)
-    error = (await one.heard("error")).error
+    error = (await one.event("error")).error
     assert error is not None
     assert error.code == how
     await until(lambda: not host._queues.get_or_create("n1").busy, what="nothing is left of it")
@@ -284,26 +286,26 @@ class Model:
 
 
 @pytest.mark.parametrize(("taken", "kind"), [(60, "result"), (61, "error")])
-async def test_what_others_take_counts_against_the_task(stage: Stage, taken: int, kind: str) -> None:
+async def test_a_budget_includes_the_tokens_of_delegated_work(stage: Stage, taken: int, kind: str) -> None:
     host = await stage.host([node(Model())])
     one = await watch(stage, host, token_budget=100)
-    await one.heard("waiting")
+    await one.event("waiting")
     await one.answer(prompt_tokens=taken - 20, completion_tokens=20)
-    last = await one.heard(kind)
+    last = await one.event(kind)
     assert last.result == RunResult(content="four", prompt_tokens=taken + 10, completion_tokens=30)
     assert last.error is None or last.error.code == "budget_exceeded"
 
 
-async def test_a_run_that_fails_tells_what_others_took(stage: Stage) -> None:
+async def test_a_failed_run_reports_the_tokens_of_delegated_work(stage: Stage) -> None:
     async def work(job: RunRequest) -> str:
         await delegate("a part")
         raise RuntimeError("and then this")
 
     host = await stage.host([node(work)])
     one = await watch(stage, host)
-    await one.heard("waiting")
+    await one.event("waiting")
     await one.answer(prompt_tokens=5, completion_tokens=6)
-    assert (await one.heard("error")).result == RunResult(prompt_tokens=5, completion_tokens=6)
+    assert (await one.event("error")).result == RunResult(prompt_tokens=5, completion_tokens=6)
 
 
 async def test_nothing_of_a_waiting_run_reaches_the_one_that_gets_its_slot(stage: Stage) -> None:
@@ -321,8 +323,8 @@ async def test_nothing_of_a_waiting_run_reaches_the_one_that_gets_its_slot(stage
     one = Watcher(stage.bus, host)
     two = Watcher(stage.bus, host, task_id="t2")
     await asyncio.gather(one.ask(), two.ask())
-    await two.heard("result")
-    await one.heard("waiting")
+    await two.event("result")
+    await one.event("waiting")
     await one.answer()
-    await one.heard("result")
+    await one.event("result")
     assert seen == ["none", "none"]

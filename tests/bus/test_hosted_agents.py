@@ -57,7 +57,7 @@ async def test_a_node_without_domains_bids_everywhere(stage: Stage) -> None:
 
 async def test_a_pinned_run_needs_no_domain(stage: Stage) -> None:
     host = await stage.host([AgentNode(id="n1", agent=echo, domains=["sales"])])
-    await (await run(stage, host, domain="code")).heard("result")
+    await (await run(stage, host, domain="code")).event("result")
 
 
 async def test_a_node_is_not_cloned_for_a_domain_it_does_not_take() -> None:
@@ -71,7 +71,7 @@ async def test_a_node_is_not_cloned_for_a_domain_it_does_not_take() -> None:
 
 async def ended(stage: Stage, agent: Any, **facts: Any) -> Any:
     host = await stage.host([AgentNode(id="n1", agent=agent)])
-    return await (await run(stage, host, **facts)).heard("error")
+    return await (await run(stage, host, **facts)).event("error")
 
 
 async def test_an_agent_that_cannot_use_the_ad_fails_its_run_with_the_field(stage: Stage) -> None:
@@ -84,7 +84,7 @@ async def test_an_agent_that_cannot_use_the_ad_fails_its_run_with_the_field(stag
     assert error.node_id == "n1"
 
 
-async def test_an_object_with_stream_does_so_too_and_odd_fields_are_left_out(stage: Stage) -> None:
+async def test_an_object_with_stream_fails_its_run_with_the_field_and_odd_fields_are_left_out(stage: Stage) -> None:
     class Refuses:
         async def stream(self, job: Job) -> AsyncIterator[Any]:
             yield "x"
@@ -94,7 +94,7 @@ async def test_an_object_with_stream_does_so_too_and_odd_fields_are_left_out(sta
     assert (error.code, error.field) == ("invalid_task", None)
 
 
-async def test_a_wrong_ad_of_the_agents_own_does_not_blame_its_task(stage: Stage) -> None:
+async def test_a_wrong_ad_that_the_agent_delegates_does_not_blame_its_task(stage: Stage) -> None:
     def submits(text: str) -> str:
         raise InvalidTask(f"description of another task is empty: {text}", field="description", task_id="other")
 
@@ -102,7 +102,7 @@ async def test_a_wrong_ad_of_the_agents_own_does_not_blame_its_task(stage: Stage
     assert (error.code, error.field) == ("agent_failed", None)
 
 
-async def test_codes_that_speak_for_the_cluster_are_still_not_an_agents_to_use(stage: Stage) -> None:
+async def test_error_codes_of_the_cluster_are_not_accepted_from_an_agent(stage: Stage) -> None:
     class Overloads(LoomError):
         code = "overloaded"
 
@@ -126,13 +126,13 @@ async def test_a_run_that_reports_beyond_its_budget_ends_with_what_it_spent(stag
     assert (event.result.prompt_tokens, event.result.completion_tokens, event.result.usd) == (9, 3, 0.25)
 
 
-async def test_what_a_run_reports_is_in_its_result(stage: Stage) -> None:
+async def test_the_usage_a_run_reports_is_in_its_result(stage: Stage) -> None:
     async def modest(job: Job) -> str:
         job.report(tokens=9, cost_usd=0.25)
         return "done"
 
     host = await stage.host([AgentNode(id="n1", agent=modest)])
-    result = (await (await run(stage, host, token_budget=10)).heard("result")).result
+    result = (await (await run(stage, host, token_budget=10)).event("result")).result
 
     assert result is not None
     assert (result.tokens, result.usd) == (9, 0.25)
@@ -175,7 +175,7 @@ async def test_an_agent_is_started_once_before_its_first_run_and_closed_after_th
 
     watchers = [await run(stage, host, task_id=f"t{n}", node_id=f"n{1 + n % 2}") for n in range(4)]
     for watcher in watchers:
-        await watcher.heard("result")
+        await watcher.event("result")
     assert agent.calls == {"start": 1, "run": 4}
 
     await host.drain(1)
@@ -192,8 +192,8 @@ async def test_a_start_that_fails_fails_its_run_and_the_next_run_tries_again(sta
     agent = Connected(broken=1)
     host = await stage.host([AgentNode(id="n1", agent=agent)])
     with capture_logs() as logs:
-        error = (await (await run(stage, host)).heard("error")).error
-    await (await run(stage, host, task_id="t2")).heard("result")
+        error = (await (await run(stage, host)).event("error")).error
+    await (await run(stage, host, task_id="t2")).event("result")
 
     assert error is not None
     assert (error.code, error.message) == ("agent_failed", "the agent did not start: its start raised OSError")
@@ -213,7 +213,7 @@ async def test_a_start_that_takes_too_long_fails_its_run(stage: Stage, monkeypat
     assert "the agent did not start: it was not ready within 0.05 s" in error.message
 
 
-async def test_a_start_may_fail_in_its_own_words(stage: Stage) -> None:
+async def test_a_start_may_fail_with_a_message_of_its_own(stage: Stage) -> None:
     class Refuses:
         async def start(self) -> None:
             raise AgentFailed("the tool server is not installed")
@@ -240,7 +240,7 @@ async def test_a_close_that_fails_or_hangs_is_logged_and_bounded(stage: Stage, m
     monkeypatch.setattr(lifetime, "CLOSE_S", 0.05)
     host = await stage.host([AgentNode(id="n1", agent=Fails()), AgentNode(id="n2", agent=Hangs())])
     for name in ("n1", "n2"):
-        await (await run(stage, host, task_id=name, node_id=name)).heard("result")
+        await (await run(stage, host, task_id=name, node_id=name)).event("result")
     with capture_logs() as logs:
         await host.drain(1)
 
@@ -261,11 +261,11 @@ async def test_a_replaced_agent_is_closed_once_its_runs_have_ended(stage: Stage)
     first: Watcher = await run(stage, host)
     await until(lambda: old.open, what="the old agent is at work")
     hosted.agent = new
-    await (await run(stage, host, task_id="t2")).heard("result")
+    await (await run(stage, host, task_id="t2")).event("result")
     assert old.open
 
     go_on.set()
-    await first.heard("result")
+    await first.event("result")
     await until(lambda: not old.open, what="the old agent is closed")
     assert (old.calls["close"], new.calls["close"]) == (1, 0)
 
@@ -274,7 +274,7 @@ async def test_the_agent_of_a_node_that_has_left_is_closed(stage: Stage) -> None
     agent = Connected()
     nodes = [AgentNode(id="n1", agent=agent, capabilities=CapabilityProfile())]
     host = await stage.host(lambda: nodes)  # type: ignore[arg-type, return-value]
-    await (await run(stage, host)).heard("result")
+    await (await run(stage, host)).event("result")
     nodes.clear()
     await host.announce()
 

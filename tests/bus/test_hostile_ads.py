@@ -23,7 +23,9 @@ from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import Evaluate
+from loom.phases.evaluate.timings import EvaluateTimings
 from loom.phases.shared import check_pool
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Phase, Split
@@ -70,7 +72,7 @@ async def test_an_oversized_or_unusable_accept_is_refused_at_submit(stage: Stage
 
 
 @pytest.mark.slow
-async def test_an_oversized_accept_that_has_passed_no_desk_is_refused_at_admission(
+async def test_an_oversized_accept_put_straight_into_the_intake_is_refused_at_admission(
     stage: Stage, longest: Longest
 ) -> None:
     await stage.phase("sense")
@@ -113,7 +115,9 @@ async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_b
 
 
 @pytest.mark.slow
-async def test_costly_checks_end_in_their_time_beside_neighbours_without_delay(stage: Stage, longest: Longest) -> None:
+async def test_costly_checks_end_in_their_time_without_delay_to_concurrent_tasks(
+    stage: Stage, longest: Longest
+) -> None:
     await stage.phase("evaluate", ONE_ATTEMPT)
     for number, (accept, content) in enumerate(COSTLY):
         await back_from_execute(stage, accept, content, f"t{number}")
@@ -182,7 +186,7 @@ async def test_without_helpers_sense_admits_what_evaluate_will_check(
 async def test_a_result_waits_for_a_helper_and_is_never_taken_unchecked(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.evaluate.service.CHECK_AGAIN_S", 0.2)
+    stage.timings = ServiceTimings(evaluate=EvaluateTimings(check_again_s=0.2))
     monkeypatch.setattr(check_pool, "RESTART_S", 0.1)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/nowhere/python")
@@ -208,7 +212,7 @@ async def test_a_message_larger_than_any_ad_is_refused_before_it_is_walked(stage
 
 
 @pytest.mark.parametrize("text", [".", "\n", "\n\t", "\r\n", "1", "\n1", "。", "? ", "- ", "implemen", "代", "(("])
-async def test_a_description_of_64_kib_takes_a_moment(stage: Stage, longest: Longest, text: str) -> None:
+async def test_a_description_of_64_kib_is_checked_quickly(stage: Stage, longest: Longest, text: str) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     size = 60_000 // len(text.encode())
@@ -219,7 +223,7 @@ async def test_a_description_of_64_kib_takes_a_moment(stage: Stage, longest: Lon
 
 
 @pytest.mark.slow
-async def test_all_phases_stand_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
+async def test_all_phases_survive_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
     """The way of an ordinary cluster: bombs among tasks that all succeed."""
     phases: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")
     for name in phases:

@@ -26,8 +26,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def refuse(run: FakeRun) -> None:
-    await run.say("accepted")
-    await run.say("error", error=TaskError(code="invalid_task", message=SENTENCE, field="context"))
+    await run.publish("accepted")
+    await run.publish("error", error=TaskError(code="invalid_task", message=SENTENCE, field="context"))
 
 
 async def work(run: FakeRun) -> None:
@@ -55,7 +55,7 @@ async def test_a_clients_mistake_fails_after_two_nodes_with_the_agents_sentence_
     assert await stage.pending("REWARDS") == 0
 
 
-async def test_a_mistake_only_one_node_can_see_fails_with_its_sentence(stage: Stage) -> None:
+async def test_a_task_that_one_node_finds_invalid_without_another_fails_with_its_sentence(stage: Stage) -> None:
     only = await host(stage, "n1", refuse)
     result = await ended(stage, ad(task_id="t1"))
     assert (result.state, result.error and result.error.message, len(only.runs)) == ("failed", SENTENCE, 1)

@@ -20,7 +20,7 @@ from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 
 
@@ -49,7 +49,7 @@ async def test_a_key_is_created_once(bucket: Bucket[NodeProfile]) -> None:
 
 async def test_an_update_needs_the_last_revision(bucket: Bucket[NodeProfile]) -> None:
     first = await bucket.create("n1", profile(tasks=1))
-    await bucket.create("n2", profile("n2"))  # another key's revision is no matter
+    await bucket.create("n2", profile("n2"))  # another key's revision does not matter
     second = await bucket.update("n1", profile(tasks=2), first)
     assert second > first
     with pytest.raises(Conflict):
@@ -148,7 +148,7 @@ async def test_the_layout_is_the_one_every_nats_client_reads(
     assert await bucket.get("n2") == Entry("n2", profile("n2"), theirs)
 
 
-async def test_a_key_an_operator_deleted_is_absent_and_may_be_created_again(
+async def test_a_key_deleted_by_an_operator_is_absent_and_may_be_created_again(
     nats_url: str, bus: Bus, bucket: Bucket[NodeProfile]
 ) -> None:
     first = await bucket.create("n1", profile(tasks=1))
@@ -214,7 +214,7 @@ async def test_a_reader_gives_all_values_and_then_every_change(
     assert follower.entries[-1] == await bucket.get("n9")
 
 
-async def test_a_reader_of_an_empty_bucket_says_so_at_once(bucket: Bucket[NodeProfile]) -> None:
+async def test_a_reader_of_an_empty_bucket_is_caught_up_at_once(bucket: Bucket[NodeProfile]) -> None:
     reader = bucket.reader()
     assert not reader.caught_up
     assert await asyncio.wait_for(reader.batch(), 5) == []
@@ -297,7 +297,7 @@ async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) 
     assert entry == await records(bus).get("t1")
 
 
-async def test_a_record_that_will_not_hold_still_is_unavailable(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_record_that_changes_at_every_attempt_is_unavailable(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = records(bus)
     await bucket.create("t1", _record())
 

@@ -1,6 +1,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import pytest
@@ -12,24 +13,28 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.records import records
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, FailedAttempt, Spec
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskError, TaskState
 
 LONG = ClusterConfig(bid_window_ms=3000)
-"""A window nobody would wait for unnoticed."""
+"""A window so long that waiting for it would fail the test."""
 SHORT = ClusterConfig(bid_window_ms=40)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits in proportion, a tenth as long or less."""
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 0.3)
+TIMINGS = MatchTimings(min_pause_s=0.01, max_pause_s=0.05, no_offers_pause_s=0.05, max_hold_s=0.3)
+"""Waits in proportion, a tenth as long or less."""
+LONG_HOLD = replace_fields(TIMINGS, max_hold_s=60)
+
+
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(match=TIMINGS)
 
 
 async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:
@@ -39,8 +44,9 @@ async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) 
     return one
 
 
-async def match(stage: Stage, config: ClusterConfig | None = None) -> Replica:
+async def match(stage: Stage, config: ClusterConfig | None = None, timings: MatchTimings = TIMINGS) -> Replica:
     """Start MATCH and wait until it knows the hosts there are."""
+    stage.timings = ServiceTimings(match=timings)
     before = {host: len(stage.all("host", host_id=host)) for host in ("h1", "h2", "h7")}
     known = [host for host, announced in before.items() if announced]
     replica = await stage.phase("match", config)
@@ -62,7 +68,7 @@ def declining(why: str) -> Callable[[CallForBids], Offer]:
 # -- the auction
 
 
-async def test_the_best_bid_wins_and_the_award_tells_against_whom(stage: Stage) -> None:
+async def test_the_best_bid_wins_and_the_award_names_the_other_bidders(stage: Stage) -> None:
     one = await host(
         stage, "h1", offer=lambda _: one.bids(Bid(node_id="good", self_rating=0.9), Bid(node_id="bad", self_rating=0.1))
     )
@@ -76,7 +82,7 @@ async def test_the_best_bid_wins_and_the_award_tells_against_whom(stage: Stage) 
     assert won.score == won.bids[0].score == pytest.approx(0.6 * 0.9 + 0.25 + 0.15)
 
 
-async def test_the_call_tells_what_is_needed_to_bid(stage: Stage) -> None:
+async def test_the_call_has_all_that_a_bid_needs(stage: Stage) -> None:
     one = await host(stage)
     await match(stage)
     env = task(stage, description="é" * 2000, domain="代码", required_tools=("search",), excluded=("n9",), attempt=3)
@@ -92,7 +98,7 @@ async def test_the_call_tells_what_is_needed_to_bid(stage: Stage) -> None:
     assert env.ad.description.startswith(lot.description)
 
 
-async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) -> None:
+async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: Stage) -> None:
     bids = (Bid(node_id="proven", self_rating=0.3), Bid(node_id="boaster", self_rating=1.0))
     one = await host(stage, "h1", offer=lambda _: one.bids(*bids))
     await match(stage)
@@ -135,7 +141,7 @@ async def test_newcomers_of_one_owner_share_what_they_have_done(stage: Stage) ->
     assert [bid.comes_last for bid in second.bids] == [False] + [True] * 7
 
 
-async def test_what_was_learned_before_the_start_is_known_to_the_first_auction(stage: Stage) -> None:
+async def test_profiles_learned_before_the_start_are_known_to_the_first_auction(stage: Stage) -> None:
     evidence = DomainEvidence(
         scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),), count=60, mean=1.0
     )
@@ -174,17 +180,16 @@ async def test_without_a_known_host_the_whole_window_is_waited(stage: Stage) -> 
 
 
 async def quietly(**_facts: Any) -> None:
-    """Say nothing."""
+    """Make no offer."""
 
 
 @pytest.mark.slow
 async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_EVERY_S", 0.0)
     await host(stage, "h1")
     silent = await host(stage, "h2", "n2")
-    await match(stage, ClusterConfig(bid_window_ms=400))
+    await match(stage, ClusterConfig(bid_window_ms=400), replace_fields(TIMINGS, unproven_every_s=0.0))
     await timed(stage, task(stage))
     silent.offer = lambda _: None
     for _ in range(3):
@@ -244,28 +249,28 @@ async def test_a_host_that_leaves_is_not_waited_for(stage: Stage) -> None:
     leaving = await host(stage, "h2", "n2", offer=lambda _: leaving.declines("draining"))
     await match(stage, LONG)
     await leaving.announce(draining=True)
-    await until(lambda: stage.all("host", host_id="h2")[-1].draining, what="it said so")
+    await until(lambda: stage.all("host", host_id="h2")[-1].draining, what="its announcement")
     await leaving.bus.requests.flush()
     assert await timed(stage, task(stage)) < 1
     leaving.offer = lambda _: None
     assert await timed(stage, task(stage)) < 1
 
 
-# -- nobody, or nobody left
+# -- no nodes, or none left
 
 
 @pytest.mark.slow
-async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(stage: Stage) -> None:
+async def test_a_task_without_nodes_goes_to_scale_once_and_then_fails(stage: Stage) -> None:
     await match(stage, replace(SHORT, no_bids_after_s=0.5))
     env = task(stage)
     await stage.put("match", env)
-    told = await stage.seen("task", phase="scale")
-    assert told.award is None
-    assert told.spec.no_offers_since == pytest.approx(stage.bus.clock.now(), abs=2)
-    await stage.put("match", told)  # SCALE sends it back
+    sent = await stage.seen("task", phase="scale")
+    assert sent.award is None
+    assert sent.spec.no_offers_since == pytest.approx(stage.bus.clock.now(), abs=2)
+    await stage.put("match", sent)  # SCALE sends it back
     ended = await stage.seen("task", phase="evaluate")
     assert ended.error.code == "no_bids"
-    assert stage.bus.clock.now() - told.spec.no_offers_since >= 0.5
+    assert stage.bus.clock.now() - sent.spec.no_offers_since >= 0.5
     assert len(stage.all("task", phase="scale")) == 1
     assert len([hop for hop in ended.hops if hop.phase == "match"]) == 1
     assert stage.all("later")
@@ -284,7 +289,7 @@ async def test_a_node_that_comes_meanwhile_gets_the_task_and_the_clock_is_cleare
     assert won.spec.no_offers_since is None
 
 
-async def test_nodes_without_a_required_tool_are_nobody(stage: Stage) -> None:
+async def test_nodes_without_a_required_tool_count_as_no_nodes(stage: Stage) -> None:
     await host(stage, offer=declining("unqualified"))
     await match(stage, replace(SHORT, no_bids_after_s=0.0))
     env = task(stage, required_tools=("search",))
@@ -296,7 +301,7 @@ async def test_nodes_without_a_required_tool_are_nobody(stage: Stage) -> None:
     assert "search" in ended.error.message
 
 
-async def test_when_only_excluded_nodes_are_left_it_is_given_up_at_once(stage: Stage) -> None:
+async def test_a_task_for_which_only_excluded_nodes_are_left_fails_at_once(stage: Stage) -> None:
     await host(stage, offer=declining("unqualified"))
     await match(stage, SHORT)
     await stage.put("match", task(stage, excluded=("n1",), failures=1))
@@ -305,7 +310,7 @@ async def test_when_only_excluded_nodes_are_left_it_is_given_up_at_once(stage: S
     assert not stage.all("later")
 
 
-async def test_a_known_host_that_is_slow_keeps_hope_alive(stage: Stage) -> None:
+async def test_a_task_waits_while_a_known_host_is_slow(stage: Stage) -> None:
     await host(stage, "h1", offer=declining("unqualified"))
     slow = await host(stage, "h2", "n2", offer=lambda _: slow.bids() if len(slow.calls) > 1 else None)
     await match(stage, ClusterConfig(bid_window_ms=100))
@@ -326,7 +331,7 @@ async def test_while_all_are_busy_a_task_waits_and_calls_again(stage: Stage) -> 
 
 
 @pytest.mark.slow
-async def test_who_has_waited_long_goes_to_the_tail(stage: Stage) -> None:
+async def test_a_task_that_has_waited_long_goes_to_the_tail(stage: Stage) -> None:
     free = asyncio.Event()
     one = await host(stage, offer=lambda _: one.bids() if free.is_set() else one.declines("busy"))
     await match(stage, LONG)
@@ -338,10 +343,9 @@ async def test_who_has_waited_long_goes_to_the_tail(stage: Stage) -> None:
     assert (await stage.seen("task", phase="scale")).award.node_id == "n1"
 
 
-async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
+async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
-    replica = await match(stage, ClusterConfig(waiting_limit=4))
+    replica = await match(stage, ClusterConfig(waiting_limit=4), LONG_HOLD)
     for n in range(20):
         await stage.put("match", task(stage, task_id=f"t{n}"))
     await until(lambda: len({call.lots[0].task_id for call in one.calls}) >= 4, what="four wait")
@@ -367,10 +371,9 @@ async def test_a_task_that_waits_past_its_deadline_fails(stage: Stage) -> None:
     assert "late" not in {call.lots[0].task_id for call in one.calls}
 
 
-async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
+async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
-    replica = await match(stage, LONG)
+    replica = await match(stage, LONG, LONG_HOLD)
     await stage.put("match", task(stage))
     await until(lambda: one.calls, what="it is called for")
     await replica.service.drain(0.1)
@@ -437,12 +440,9 @@ async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_come
 
 
 @pytest.mark.parametrize("state", ["cancelled", "failed", "succeeded"])
-async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, state: TaskState
-) -> None:
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
+async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(stage: Stage, state: TaskState) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
-    await match(stage, LONG)
+    await match(stage, LONG, LONG_HOLD)
     env = task(stage)
     await put_record(stage, env, "running")
     await stage.put("match", env)
@@ -487,8 +487,8 @@ async def test_a_pinned_task_goes_to_its_node_without_an_auction(stage: Stage) -
 async def test_a_pinned_task_waits_for_its_node_and_fails_without_it(stage: Stage) -> None:
     await match(stage, replace(SHORT, no_bids_after_s=0.3))
     await stage.put("match", task(stage, node_id="absent"))
-    told = await stage.seen("task", phase="scale")
-    await stage.put("match", told)
+    sent = await stage.seen("task", phase="scale")
+    await stage.put("match", sent)
     ended = await stage.seen("task", phase="evaluate")
     assert ended.error.code == "no_bids"
     assert "absent" in ended.error.message

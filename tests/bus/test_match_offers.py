@@ -10,6 +10,8 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.logs.discard_reports import DiscardReport
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
@@ -133,10 +135,9 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
 
 
 @pytest.fixture
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 30.0)
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 30.0)
+def hurry(stage: Stage) -> None:
+    timings = MatchTimings(min_pause_s=0.01, max_pause_s=0.05, no_offers_pause_s=30.0, max_hold_s=30.0)
+    stage.timings = ServiceTimings(match=timings)
 
 
 @pytest.mark.usefixtures("hurry")

@@ -14,8 +14,9 @@ from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.busy_nodes import MAX_TASKS, BusyNodes
-from loom.phases.match.service import ANNOUNCE_WAIT_S
+from loom.phases.match.timings import MatchTimings
 from loom.runner.services import build
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Bid
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
@@ -37,7 +38,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
     announce = slow.announce
 
     async def after_a_while(**facts: Any) -> None:
-        await asyncio.sleep(0.3 * ANNOUNCE_WAIT_S)
+        await asyncio.sleep(0.3 * MatchTimings.announce_wait_s)
         await announce(**facts)
 
     slow.announce = after_a_while  # type: ignore[method-assign]
@@ -47,7 +48,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
     began = time.monotonic()
     await match.start()
     try:
-        assert ANNOUNCE_WAIT_S <= time.monotonic() - began < 4
+        assert MatchTimings.announce_wait_s <= time.monotonic() - began < 4
         assert (await stage.seen("task", phase="scale")).award.node_id == "good"
     finally:
         await match.drain(0)
@@ -57,7 +58,7 @@ async def test_a_phase_whose_hosts_start_after_it_in_its_process_takes_tasks_at_
     match = build("match", await stage.connect("match"), ClusterConfig(), hosts_here=True)
     began = time.monotonic()
     await match.start()
-    assert time.monotonic() - began < ANNOUNCE_WAIT_S
+    assert time.monotonic() - began < MatchTimings.announce_wait_s
     await match.drain(0)
 
 
@@ -71,10 +72,9 @@ def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> 
 
 
 async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_its_host_announces_itself(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 30.0)
+    stage.timings = ServiceTimings(match=MatchTimings(min_pause_s=0.01, max_pause_s=0.05, max_hold_s=30.0))
     both = (Bid(node_id="best", self_rating=0.9), Bid(node_id="next", self_rating=0.2))
     one = await host(stage, "h1", "best", "next", offer=lambda _: one.bids(*both))
     match = await stage.phase("match")
@@ -110,7 +110,7 @@ def test_a_node_on_two_hosts_is_passed_over_on_the_one_that_was_busy() -> None:
     assert busy.without_busy("t2", offers) is offers
 
 
-def test_what_was_busy_is_bounded_and_forgotten_with_its_host() -> None:
+def test_the_list_of_busy_nodes_is_bounded_and_forgotten_with_their_host() -> None:
     known = nodes("h1")
     busy = BusyNodes(known)
     for number in range(MAX_TASKS + 10):

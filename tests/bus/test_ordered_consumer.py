@@ -129,7 +129,7 @@ async def test_a_reader_may_begin_at_a_time(bus: Bus, reading: Start) -> None:
     await reading(bus, start_time=since).got([2])
 
 
-async def test_a_reader_of_what_is_new_gives_nothing_old(bus: Bus) -> None:
+async def test_a_reader_of_new_messages_gives_no_old_one(bus: Bus) -> None:
     await put(bus, 0, 1)
     reader = await OrderedConsumer(
         bus.jetstream, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*"), deliver="new"
@@ -142,13 +142,13 @@ async def test_a_reader_of_what_is_new_gives_nothing_old(bus: Bus) -> None:
     await reader.stop()
 
 
-async def test_only_what_the_filter_lets_through_is_read(bus: Bus, reading: Start) -> None:
+async def test_only_messages_that_match_the_filter_are_read(bus: Bus, reading: Start) -> None:
     await put(bus, 0, 2, phase="match")
     await put(bus, 1, phase="scale")
     await reading(bus, filter=bus.subjects.of("dead", "match", "*")).got([0, 2])
 
 
-async def test_the_last_of_each_subject_may_be_enough(bus: Bus, reading: Start) -> None:
+async def test_a_reader_may_ask_for_the_last_message_of_each_subject(bus: Bus, reading: Start) -> None:
     subject = bus.subjects.of("dead", "match", "t1")
     for n in range(3):
         await bus.jetstream.publish(subject, b"%d" % n)
@@ -217,7 +217,7 @@ async def test_nothing_is_missed_or_doubled_over_a_kill(
     await one.got([*before, 3, 4, 5, 6])
 
 
-async def test_what_is_new_begins_where_the_reader_began_even_if_the_server_was_killed_before_anything_came(
+async def test_a_kill_before_the_first_message_does_not_move_the_start_of_the_reader(
     mortal: Bus, server: NatsServer, connect: Connect, reading: Start
 ) -> None:
     await put(mortal, 0)
@@ -233,7 +233,7 @@ async def test_what_is_new_begins_where_the_reader_began_even_if_the_server_was_
 
 
 @pytest.mark.slow
-async def test_what_is_written_during_restarts_is_read_once_and_in_order(
+async def test_messages_written_during_restarts_are_read_once_and_in_order(
     mortal: Bus, server: NatsServer, reading: Start
 ) -> None:
     one = reading(mortal)
@@ -271,7 +271,7 @@ async def test_a_stopped_reader_leaves_no_subscription_and_no_request(bus: Bus, 
     assert (await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('DEAD')}"))["state"]["messages"] == 1
 
 
-async def test_a_reader_stopped_while_it_is_being_made_anew_stays_stopped(bus: Bus, reading: Start) -> None:
+async def test_a_reader_stopped_while_its_consumer_is_created_again_stays_stopped(bus: Bus, reading: Start) -> None:
     before = len(bus.connection._nc._subs)
     one = reading(bus)
     await put(bus, 0)
@@ -283,6 +283,6 @@ async def test_a_reader_stopped_while_it_is_being_made_anew_stays_stopped(bus: B
     assert len(bus.connection._nc._subs) == before
 
 
-async def test_a_reader_of_a_stream_that_is_not_there_says_so(plain: Bus) -> None:
+async def test_a_reader_of_a_missing_stream_raises_that_it_is_missing(plain: Bus) -> None:
     with pytest.raises(LoomError):
         await OrderedConsumer(plain.jetstream, "NONE", filter="none").batch()

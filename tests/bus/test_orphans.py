@@ -1,4 +1,4 @@
-"""Messages that no consumer will deliver are no work in flight; they are found and removed, and nothing else is."""
+"""Messages that no consumer will deliver are not work in flight; they are found and removed, and nothing else is."""
 
 import asyncio
 from typing import Any
@@ -71,7 +71,7 @@ async def test_a_message_no_consumer_looks_for_is_an_orphan(stage: Stage, where:
     assert await found(stage.bus) == [ack.seq]
 
 
-async def test_work_and_timers_are_no_orphans(stage: Stage) -> None:
+async def test_work_and_timers_are_not_orphans(stage: Stage) -> None:
     s = stage.bus.subjects
     at = stage.bus.clock.now() + 99
     for phase in ("sense", "match", "scale", "execute", "evaluate"):
@@ -99,13 +99,13 @@ async def test_a_consumer_that_is_missing_makes_no_orphans(stage: Stage) -> None
         await find_orphans(stage.bus)
 
 
-async def test_what_is_young_is_left_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_young_messages_are_left_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orphans, "LEAST_AGE_S", 60.0)
     await orphan(stage, "t1")
     assert (await find_orphans(stage.bus)).orphans == []
 
 
-async def test_a_look_is_bounded_and_the_next_one_goes_on_behind_it(
+async def test_a_sweep_is_bounded_and_the_next_one_goes_on_behind_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(orphans, "MAX_MESSAGES", 3)
@@ -170,7 +170,7 @@ async def test_the_doctor_counts_orphans(stage: Stage) -> None:
     await orphan(stage, "t1")
     [finding] = await stuck(stage.bus, await topology.inspect(stage.bus, ClusterConfig()))
     assert (finding.mark, finding.about) == ("warn", "orphans")
-    assert f"1 messages stay in {stage.bus.subjects.stream('TASKS')}" in finding.says
+    assert f"1 messages stay in {stage.bus.subjects.stream('TASKS')}" in finding.message
 
 
 async def test_a_phase_of_sense_sweeps(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

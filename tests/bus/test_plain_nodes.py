@@ -13,10 +13,12 @@ from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.plain_bids import REWARD_DELAY_S, PlainNodes
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=5000)
@@ -107,9 +109,9 @@ async def test_a_pinned_task_goes_to_a_plain_node_with_its_longest_run(stage: St
 
 
 async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_come_back(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
+    stage.timings = ServiceTimings(match=MatchTimings(min_pause_s=0.01, max_pause_s=0.05))
     replica = await stage.phase("match", LONG)
     await FakeHost(stage.bus, "p1", nodes=(plain(slots=2),)).announce()
     await replica.bus.requests.flush()

@@ -21,6 +21,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.phases.execute.plain_runs import PlainRun, read_reply
 from loom.phases.execute.run_stream import Hosts, HostSilent, Interrupt
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.base import encode
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest, Stop
@@ -205,21 +206,16 @@ async def plain_run(hosts: Hosts, interrupt: Interrupt | None = None, max_run_s:
     return await PlainRun(hosts, HOST, REQUEST, interrupt or Interrupt(), max_run_s=max_run_s).last_event()
 
 
-@pytest.fixture
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.plain_runs.ABSENT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.plain_runs.REPEAT_REQUEST_S", 0.1)
+QUICK = ExecuteTimings(plain_absent_s=0.4, repeat_request_s=0.1)
 
 
-@pytest.mark.usefixtures("hurry")
 async def test_an_absent_node_is_asked_again_and_lost_after_a_while(plain: Bus) -> None:
     with pytest.raises(HostSilent, match="host h1 is not connected"):
-        await plain_run(await hosts_of(plain))
+        await plain_run(await hosts_of(plain, QUICK))
 
 
-@pytest.mark.usefixtures("hurry")
 async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign: Client) -> None:
-    running = asyncio.ensure_future(plain_run(await hosts_of(plain)))
+    running = asyncio.ensure_future(plain_run(await hosts_of(plain, QUICK)))
     await plain.requests.flush()
     await respond(foreign, plain.subjects.of("run", "local", "h1"), replies(b"here again"))
     event = await running
@@ -229,14 +225,13 @@ async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hurry")
 async def test_a_slow_node_is_asked_once_and_a_reply_after_it_was_lost_is_counted(plain: Bus, foreign: Client) -> None:
     async def nothing(_msg: NatsMsg) -> None:
         """Reply later."""
 
     requests = await respond(foreign, plain.subjects.of("run", "local", "h1"), nothing)
     with pytest.raises(HostSilent, match=r"has not replied in 0\.5 s"):
-        await plain_run(await hosts_of(plain), max_run_s=0.5)
+        await plain_run(await hosts_of(plain, QUICK), max_run_s=0.5)
     assert len(requests) == 1
     await requests[0].respond(b"late")
     await until(lambda: plain.discards.hosts, what="it is counted")

@@ -198,8 +198,8 @@ async def test_a_joining_plan_gives_its_outputs_to_the_attempt_that_asks(
     assert joined.inputs == {"a": "out a", "b": "out b"}
     assert joined.budget == (expected.budget or 0) - 20
     assert await carried(stage) == {attempt}
-    said = [one.headers["Nats-Msg-Id"] for one in stage.heard if one.parsed.tokens.get("phase") == "execute"]
-    assert {one.partition("-")[0] for one in said} == {"p:task"}, "named after the message that asked"
+    published = [one.headers["Nats-Msg-Id"] for one in stage.recorded if one.parsed.tokens.get("phase") == "execute"]
+    assert {one.partition("-")[0] for one in published} == {"p:task"}, "named after the message that asked"
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ async def test_an_older_attempt_changes_nothing_and_the_newer_one_goes_on(
 
 
 async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> None:
-    """A notice ended the plan, and the task's record says that it runs: nothing else would carry it on."""
+    """A notice ended the plan, but the task's record is still running: no other message would end it."""
     plan = await divided(stage, "running")
     await stage.phase("scale")
     await stage.notify(ParentEnded(task_id="p"))
@@ -264,7 +264,7 @@ async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(st
     assert (await stage.seen("task", phase="execute", count=2)).attempt == PARKED + 1
 
 
-def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
+def test_the_tokens_of_the_plan_are_charged_to_a_newer_attempt_once() -> None:
     usage = PhaseUsage(requests=1, prompt_tokens=40)
     env = envelope(ad(task_id="p"), now=0.0, budget=1000)
     plan = subtask_graph.start_plan(

@@ -71,11 +71,11 @@ async def end(stage: Stage, child: Envelope, state: Any = "succeeded", tokens: i
     error = None if state == "succeeded" else TaskError(code="agent_failed", message="it broke")
     over = awarded(replace(child, result=result if error is None else None, error=error, **facts))
     record = await stage.record(over, state=state, ended_at=stage.bus.clock.now())
-    await tell(stage, record)
+    await notify_end(stage, record)
     return record
 
 
-async def tell(stage: Stage, record: TaskRecord) -> None:
+async def notify_end(stage: Stage, record: TaskRecord) -> None:
     notice = notice_of(record)
     assert notice is not None
     await stage.notify(notice)
@@ -91,16 +91,16 @@ async def stored(stage: Stage, parent: str = "p") -> SplitPlan | None:
 
 
 async def dealt_with(stage: Stage) -> None:
-    """Wait until SCALE has nothing in hand, and all it said has been heard."""
+    """Wait until SCALE has no message in hand and all its messages are recorded."""
     await stage.settled(phase="scale")
     await quiet(stage.bus)
 
 
 def ids(stage: Stage, family: str, **tokens: str) -> list[str]:
-    """The ids of the messages heard, oldest first."""
+    """The ids of the recorded messages, oldest first."""
     return [
         one.headers["Nats-Msg-Id"]
-        for one in stage.heard
+        for one in stage.recorded
         if one.parsed.family == family and all(one.parsed.tokens.get(name) == text for name, text in tokens.items())
     ]
 
@@ -111,20 +111,20 @@ def timers(stage: Stage) -> Any:
 
 async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
     """Every look into a bucket from now on."""
-    heard: list[Msg] = []
+    received: list[Msg] = []
 
-    async def hear(msg: Msg) -> None:
-        heard.append(msg)
+    async def record(msg: Msg) -> None:
+        received.append(msg)
 
-    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket(bucket)}", hear)
+    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket(bucket)}", record)
     await stage.bus.requests.flush()
-    return heard
+    return received
 
 
 # -- as it should be
 
 
-async def test_a_divided_task_is_parked_and_what_is_ready_begins(stage: Stage) -> None:
+async def test_a_divided_task_is_parked_and_its_ready_subtasks_begin(stage: Stage) -> None:
     await stage.phase("scale")
     env = await divided(stage, (("a",), ("b",), ("c", "a", "b")), token_budget=1000, priority="high")
     first, second = await begun(stage, "a"), await begun(stage, "b")
@@ -142,7 +142,7 @@ async def test_a_divided_task_is_parked_and_what_is_ready_begins(stage: Stage) -
     assert not stage.all("task", phase="execute")
 
 
-async def test_what_waits_begins_as_soon_as_its_own_needs_are_met(stage: Stage) -> None:
+async def test_a_waiting_subtask_begins_as_soon_as_its_own_needs_are_met(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("slow",), ("a",), ("b", "a"), ("c", "b")))
     await begun(stage, "slow")
@@ -155,7 +155,7 @@ async def test_what_waits_begins_as_soon_as_its_own_needs_are_met(stage: Stage) 
     assert not stage.all("task", phase="execute")
 
 
-async def test_the_join_hands_on_all_outputs_in_the_plans_order_and_drops_the_timer(stage: Stage) -> None:
+async def test_the_join_passes_all_outputs_in_the_plans_order_and_drops_the_timer(stage: Stage) -> None:
     await stage.phase("scale")
     env = await divided(stage, DIAMOND, token_budget=1000)
     for name in ("top", "right", "left"):
@@ -192,7 +192,7 @@ async def test_many_ends_at_once_make_each_change_once_under_two_replicas(stage:
     await divided(stage, [*((name,) for name in names), ("end", *names)])
     children = [await begun(stage, name) for name in names]
     records = [await stage.record(_good(child), state="succeeded", ended_at=1.0) for child in children]
-    await asyncio.gather(*(tell(stage, record) for record in records))
+    await asyncio.gather(*(notify_end(stage, record) for record in records))
     last = await begun(stage, "end")
     assert last.split is not None
     assert list(last.split.inputs) == names
@@ -208,7 +208,7 @@ def _good(child: Envelope) -> Envelope:
     return awarded(replace(child, result=RunResult(content="out")))
 
 
-async def test_a_task_that_cannot_have_a_plan_costs_no_look_for_one(stage: Stage) -> None:
+async def test_a_task_that_cannot_have_a_plan_costs_no_lookup(stage: Stage) -> None:
     reads = await reads_of(stage, "plans")
     await stage.phase("scale", llm=Scripted("unasked"))
     await stage.put("scale", await awarded_task(stage))
@@ -243,7 +243,7 @@ async def test_events_are_repeated_with_what_they_are_about_and_not_for_stranger
     await stage.phase("scale")
     await divided(stage, (("a",), ("b",)))
     record = await ended(stage, "a")
-    await tell(stage, record)
+    await notify_end(stage, record)
     stranger = replace(record.envelope, ad=replace(record.envelope.ad, task_id="x"))
     await end(stage, replace(stranger, result=None))
     await dealt_with(stage)
@@ -266,16 +266,16 @@ async def test_all_that_follows_is_published_again_under_the_same_ids(stage: Sta
     await begun(stage, "b", count=2)
     record = await ended(stage, "a")
     await begun(stage, "c")
-    await tell(stage, record)
+    await notify_end(stage, record)
     await begun(stage, "c", count=2)
     await dealt_with(stage)
-    said = ids(stage, "task", phase="sense")
-    assert {name: said.count(f"{child_id('p', name)}:begin") for name in "abcd"} == {"a": 2, "b": 2, "c": 2, "d": 0}
+    sent = ids(stage, "task", phase="sense")
+    assert {name: sent.count(f"{child_id('p', name)}:begin") for name in "abcd"} == {"a": 2, "b": 2, "c": 2, "d": 0}
     assert await stage.pending("TASKS", stage.bus.subjects.of("task", "sense", "*", "*")) == 3
     assert await timers(stage) == 1
     last = [await ended(stage, name) for name in ("b", "c", "d")][-1]
     await stage.seen("task", phase="execute")
-    await tell(stage, last)
+    await notify_end(stage, last)
     await stage.seen("task", phase="execute", count=2)
     await dealt_with(stage)
     assert ids(stage, "task", phase="execute") == ["p:join-1"] * 2
@@ -294,12 +294,12 @@ async def test_twins_of_the_parent_make_one_plan_for_the_node_that_was_first(sta
     assert (await stage.seen("task", phase="execute")).award == env.award
 
 
-async def test_a_notice_before_its_time_or_of_nobodys_plan_changes_nothing(stage: Stage) -> None:
+async def test_a_notice_before_its_time_or_without_a_plan_changes_nothing(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",),))
     child = await begun(stage, "a")
     record = await stage.record(child)
-    await tell(stage, record)  # it still runs
+    await notify_end(stage, record)  # it still runs
     stranger = replace(child, ad=replace(child.ad, task_id="x"), split=replace(child.split, parent="y"))  # type: ignore[type-var]
     await end(stage, stranger)
     mistaken = replace(child, ad=replace(child.ad, task_id="z"))
@@ -338,7 +338,7 @@ async def test_a_task_joined_late_leaves_its_own_next_attempt_alone(stage: Stage
     record = await ended(stage, "a")
     await stage.seen("task", phase="execute")
     await stage.bus.jetstream.publish(stage.bus.subjects.later("scale", "p", "task-77"), b"{}", headers={})
-    await tell(stage, record)
+    await notify_end(stage, record)
     await stage.seen("task", phase="execute", count=2)
     await dealt_with(stage)
     assert await stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "task-77")) == 1
@@ -409,7 +409,7 @@ async def test_a_failed_subtask_fails_the_parent_with_its_reason(stage: Stage) -
     failed = await stage.seen("task", phase="evaluate")
     assert (failed.task_id, failed.error.code) == ("p", "subtask_failed")
     assert failed.error.message == "subtask a ended with agent_failed: it broke"
-    await tell(stage, record)
+    await notify_end(stage, record)
     await stage.seen("task", phase="evaluate", count=2)
     await end(stage, second)
     await dealt_with(stage)
@@ -464,7 +464,7 @@ async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stag
     env = await divided(stage, (("a",), ("b",)))
     child = await begun(stage, "a")
     scale.die()
-    await end(stage, child)  # nobody takes the notice
+    await end(stage, child)  # no replica takes the notice
     await asyncio.gather(stage.phase("sense"), stage.phase("evaluate"))
     assert (await task_client.cancel(stage.bus, "p")).state == "cancelled"
     ended = await stage.read("p")
@@ -513,7 +513,7 @@ async def test_a_part_is_divided_itself_until_it_is_too_deep(
         ({"subtasks": [{"id": "a", "description": "x"}], "order": 1}, "the plan has the unknown field order"),
     ],
 )
-async def test_a_given_plan_that_breaks_a_rule_ends_the_task_and_says_which(
+async def test_a_given_plan_that_breaks_a_rule_ends_the_task_and_names_the_rule(
     stage: Stage, plan: Any, complaint: str
 ) -> None:
     await stage.phase("scale")
@@ -563,7 +563,7 @@ async def test_a_models_plan_is_found_in_prose_and_in_a_fence(stage: Stage, answ
     assert [message.content for message in model.asked[0].messages][-1] == "add two numbers"
 
 
-async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong_with_it(stage: Stage) -> None:
+async def test_a_bad_plan_is_sent_back_once_with_its_errors(stage: Stage) -> None:
     model = Scripted(CYCLE, GOOD)
     await stage.phase("scale", llm=model)
     await stage.put("scale", _hard(await awarded_task(stage)))
@@ -585,7 +585,7 @@ async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong_with_it(stage: St
         ),
     ],
 )
-async def test_without_a_plan_of_use_the_task_runs_whole_and_says_so_and_nobody_is_asked_again(
+async def test_without_a_usable_plan_the_task_runs_whole_with_a_note_and_no_second_request(
     stage: Stage, answers: tuple[Any, ...], why: str
 ) -> None:
     model = Scripted(*answers)
@@ -606,7 +606,7 @@ async def test_without_a_plan_of_use_the_task_runs_whole_and_says_so_and_nobody_
     assert await timers(stage) == 0
 
 
-async def test_what_a_plan_took_is_counted_once_and_comes_back_with_the_join(stage: Stage) -> None:
+async def test_the_tokens_of_a_plan_are_counted_once_and_come_back_with_the_join(stage: Stage) -> None:
     model = Scripted(CYCLE, GOOD)
     await stage.phase("scale", llm=model)
     env = _hard(await awarded_task(stage, token_budget=100_000))
@@ -622,7 +622,7 @@ async def test_what_a_plan_took_is_counted_once_and_comes_back_with_the_join(sta
     assert joined.budget == 100_000 - usage.tokens - 42
 
 
-async def test_a_task_that_stays_whole_bears_what_the_plan_took_in_each_attempt_once(stage: Stage) -> None:
+async def test_a_whole_task_is_charged_the_tokens_of_the_plan_once_in_each_attempt(stage: Stage) -> None:
     await stage.phase("scale", llm=Scripted(ALONE))
     env = _hard(await awarded_task(stage, token_budget=100_000))
     await stage.put("scale", env)
@@ -673,7 +673,7 @@ async def test_a_model_that_takes_longer_than_the_task_has_is_not_waited_for(sta
     assert 0 < (model.asked[0].timeout_s or 0) <= 0.5
 
 
-async def test_where_there_is_no_model_a_hard_task_runs_whole_and_says_so(stage: Stage) -> None:
+async def test_a_hard_task_without_a_model_runs_whole_with_a_note(stage: Stage) -> None:
     await stage.phase("scale")
     await stage.put("scale", _hard(await awarded_task(stage)))
     spec = (await stage.seen("task", phase="execute")).spec

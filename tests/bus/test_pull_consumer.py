@@ -169,7 +169,7 @@ async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
 
 
 @pytest.mark.slow
-async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
+async def test_a_consumer_is_made_again_even_where_a_tap_hides_a_missing_responder(
     bus: Bus, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pull_module, "QUIET_S", 0.3)
@@ -187,7 +187,7 @@ async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
 
 @pytest.mark.slow
 async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_module, "QUIET_S", 0.3)  # the server does not always say that a stream has gone
+    monkeypatch.setattr(pull_module, "QUIET_S", 0.3)  # the server does not always report that a stream has gone
     stream = bus.subjects.stream("TASKS")
     config = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
     async with holding(bus, 4) as hand:
@@ -246,7 +246,7 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
     assert len(reconnects) == int(leaves), "a new connection is given time"
 
 
-async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_expired_pull_request_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_module, "EXPIRES_S", 0.3)
     monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.1)
     async with holding(bus, 4) as hand:
@@ -277,8 +277,8 @@ async def test_an_idle_pull_asks_once_and_then_waits(bus: Bus, monkeypatch: pyte
     asked = count_requests(bus, monkeypatch)
     monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.05)
     async with holding(bus, 4) as hand:
-        heard = hand.pull._received_at
-        await until(lambda: hand.pull._received_at > heard + 0.3, what="several heartbeats")
+        received_at = hand.pull._received_at
+        await until(lambda: hand.pull._received_at > received_at + 0.3, what="several heartbeats")
         for _ in range(50):
             hand.pull.top_up()
             await asyncio.sleep(0)
@@ -296,7 +296,7 @@ async def test_a_busy_pull_does_not_ask_for_each_message(bus: Bus, monkeypatch: 
         assert len(asked) < 64
 
 
-async def test_a_stopped_pull_hands_over_what_is_on_its_way_and_then_nothing(bus: Bus) -> None:
+async def test_a_stopped_pull_delivers_the_messages_on_their_way_and_then_none(bus: Bus) -> None:
     await put(bus, 0, 3)
     hand = Hand(bus, 8)
     await hand.pull.start()
@@ -319,7 +319,7 @@ async def test_stopping_amid_a_reconnect_leaves_no_subscription(bus: Bus) -> Non
     bus.connection.on_reconnect(reconnected.set)
     await bus.connection._nc.force_reconnect()
     await asyncio.wait_for(reconnected.wait(), 5)
-    await asyncio.sleep(0)  # the pull is about to listen anew
+    await asyncio.sleep(0)  # the pull is about to subscribe again
     await hand.pull.stop()
     assert len(bus.connection._nc._subs) == before
     assert hand.pull._subscription is None

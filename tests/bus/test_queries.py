@@ -12,7 +12,8 @@ from loom.bus.rewards import RewardBus
 from loom.runner.cli.common import resolve_task
 from loom.schemas.auction import Award
 from loom.schemas.errors import InvalidTask, UnknownTask
-from loom.schemas.learning import Reward, judgement
+from loom.schemas.learning.judgement import judgement
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import PlanTimeout, SubtaskEnded
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskState
@@ -52,7 +53,7 @@ async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypa
     assert await seqs("*", 0) == []
     assert await seqs("rare", 1) == [26]
     assert await seqs("rare", 5) == [2, 26]
-    assert await seqs("nobody", 5) == []
+    assert await seqs("unknown", 5) == []
 
 
 async def test_an_empty_stream_has_no_past(bus: Bus) -> None:
@@ -74,7 +75,7 @@ async def test_records_come_by_admission_and_once(bus: Bus) -> None:
     assert [one.task_id for one in await recent_records(bus, 1)] == ["old"]  # the one changed last
 
 
-async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) -> None:
+async def test_a_query_since_a_time_has_the_ends_and_rewards_from_it_on(bus: Bus) -> None:
     bucket, rewards = records(bus), RewardBus(bus=bus)
     await rewards.publish(reward(1))
     await bucket.create("early", record("early", "succeeded", ended_at=bus.clock.now()))
@@ -148,7 +149,7 @@ async def test_eight_digits_stand_for_one_recent_id_only(bus: Bus) -> None:
         await resolve_task(bus, "a.b")
 
 
-def test_only_what_a_node_has_finished_can_be_judged() -> None:
+def test_only_tasks_that_a_node_has_finished_can_be_judged() -> None:
     done = TaskRecord(
         task_id="t1",
         state="succeeded",

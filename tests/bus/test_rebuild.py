@@ -1,4 +1,4 @@
-"""What the stream alone says: compared, repaired, and begun at snapshots once its head is gone."""
+"""Profiles rebuilt from the stream alone: compared, repaired, and begun at snapshots once its head is gone."""
 
 from typing import Any
 
@@ -12,9 +12,12 @@ from support.wait import until
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.phases.adapt.reward_weights import weights_of
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import SNAPSHOTS, NodeProfile
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024
@@ -70,7 +73,7 @@ async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage
     assert repaired["stranger"] == NodeProfile(node_id="stranger")
 
 
-async def test_a_repair_holds_though_the_phase_that_runs_has_folded_on_what_was_wrong(stage: Stage) -> None:
+async def test_a_repair_holds_though_the_running_phase_has_folded_on_wrong_values(stage: Stage) -> None:
     bucket = stage.bus.bucket("nodes", NodeProfile)
     await publish(stage, *(reward(n) for n in range(4)))
     await bucket.create("local.n1", NodeProfile(node_id="n1", total_tasks=70, last_seq=4))
@@ -92,7 +95,7 @@ async def test_a_repair_holds_though_the_phase_that_runs_has_folded_on_what_was_
     assert await verdicts(stage) == {"n1": "same"}
 
 
-async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_does_the_same(stage: Stage) -> None:
+async def test_a_custom_judge_moves_a_profile_by_its_weight_and_so_does_a_rebuild(stage: Stage) -> None:
     weights = {"linter": 2.0, "gossip": 0.0}
     await stage.phase("adapt", ClusterConfig(policy="ucb", judge_weights=weights))
     await publish(stage, reward(1, score=1.0))
@@ -115,9 +118,9 @@ async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_do
 
 
 @pytest.fixture
-async def short(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+async def short(stage: Stage) -> Stage:
     """A stage whose stream of rewards soon drops its head."""
-    monkeypatch.setattr("loom.phases.adapt.snapshots.RETRY_S", 0.05)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(snapshot_retry_s=0.05))
     stream = stage.bus.subjects.stream("REWARDS")
     info = await stage.bus.jetstream.api(f"STREAM.INFO.{stream}")
     await stage.bus.jetstream.api(f"STREAM.UPDATE.{stream}", {**info["config"], "max_bytes": LIMIT})
@@ -183,7 +186,7 @@ async def test_only_one_replica_takes_each_round(short: Stage) -> None:
     assert rounds() == {through: ["idle", "n0", "n1", "n2"] for through in rounds()}
 
 
-async def test_without_snapshots_a_lost_head_is_said_and_nothing_is_repaired(stage: Stage) -> None:
+async def test_without_snapshots_a_lost_head_is_reported_and_nothing_is_repaired(stage: Stage) -> None:
     adapt = await stage.phase("adapt", KEEPS_ALL)
     await publish(stage, *(reward(n) for n in range(10)))
     whole = await learned(stage, 10)

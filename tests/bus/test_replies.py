@@ -4,13 +4,13 @@ import json
 
 import pytest
 from support.builders import ad, envelope, submission
-from support.bus_helpers import Connect, Heard
+from support.bus_helpers import Connect, MessageRecorder
 from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import MAX_REPLY, answer_task, is_inbox
+from loom.bus.replies import MAX_REPLY, is_inbox, send_result
 from loom.bus.service_discovery import ServiceEndpoint, discover
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
@@ -51,7 +51,7 @@ def test_an_inbox_of_a_client_may_be_answered_by_every_subject(reply: str, plain
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("reply", ["", *FORGED])
-def test_any_other_subject_may_not(reply: str, plain: bool) -> None:
+def test_any_other_reply_subject_is_refused(reply: str, plain: bool) -> None:
     assert not is_inbox(reply, plain=plain)
 
 
@@ -66,7 +66,7 @@ async def test_a_request_with_another_reply_subject_is_carried_out_and_its_answe
     stage: Stage, family: str, reply: str
 ) -> None:
     sense = await stage.phase("sense")
-    answers = Heard()
+    answers = MessageRecorder()
     await stage.bus.connection.subscribe(reply, answers)
     await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now(), submitter="ann"))
     tokens = () if family == "submit" else ("t1",)
@@ -86,7 +86,7 @@ async def test_a_request_with_another_reply_subject_is_carried_out_and_its_answe
 
 async def test_a_refused_ad_is_not_reported_to_another_reply_subject_either(stage: Stage) -> None:
     sense = await stage.phase("sense")
-    answers = Heard()
+    answers = MessageRecorder()
     await stage.bus.connection.subscribe("forged.>", answers)
     await stage.bus.connection.publish(stage.bus.subjects.submit, b"{", reply="forged.x")
     await until(lambda: sense.bus.discards.counts["reply_refused"] == 1, what="the reply subject is counted")
@@ -106,7 +106,7 @@ async def test_a_stored_reply_subject_is_treated_alike(stage: Stage, reply_to: s
     assert sense.bus.discards.counts["reply_refused"] == refused
 
 
-async def test_an_inbox_of_the_cluster_in_a_stored_submission_is_for_those_without_a_name(stage: Stage) -> None:
+async def test_a_stored_inbox_of_the_cluster_counts_only_for_submitters_without_a_name(stage: Stage) -> None:
     await stage.phase("sense")
     reply = "_LOOM.operator.operator-1.x.3"
     for submitter, kept in (("public", (reply,)), ("ann", ())):
@@ -130,15 +130,15 @@ async def test_a_queued_task_that_is_cancelled_keeps_no_forged_reply_subject(sta
 
 
 async def test_a_forged_reply_subject_in_a_record_gets_no_result(plain: Bus, connect: Connect) -> None:
-    listener, heard = await connect(), Heard()
-    await listener.connection.subscribe("forged.>", heard)
+    listener, received = await connect(), MessageRecorder()
+    await listener.connection.subscribe("forged.>", received)
     await listener.requests.flush()
     env = envelope(now=plain.clock.now(), result=RunResult(content="42"))
     record = TaskRecord(task_id=env.task_id, state="succeeded", envelope=env, admitted_at=1.0)
-    await answer_task(plain, "forged.x", record)
+    await send_result(plain, "forged.x", record)
     await plain.requests.flush()
     await listener.requests.flush()
-    assert not heard.messages
+    assert not received.messages
     assert plain.discards.counts["reply_refused"] == 1
 
 

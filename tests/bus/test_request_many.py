@@ -1,11 +1,11 @@
-"""Request-many: ask everybody, stop when enough have answered."""
+"""Request-many: one request, many answers, an end when enough have come."""
 
 import asyncio
 import time
 from typing import Any
 
 import pytest
-from support.bus_helpers import Connect, Heard
+from support.bus_helpers import Connect, MessageRecorder
 from support.logs import capture_logs
 
 from loom.bus.bus import Bus
@@ -46,7 +46,7 @@ async def ask(bus: Bus, *, enough: int = 99, window_s: float = 0.1) -> tuple[lis
     return [reply.name for reply in replies], time.monotonic() - started
 
 
-async def test_it_ends_as_soon_as_enough_have_answered(plain: Bus) -> None:
+async def test_a_request_many_ends_as_soon_as_enough_have_answered(plain: Bus) -> None:
     for n in range(3):
         await replier(plain, f"h{n}")
     names, took = await ask(plain, enough=3, window_s=5)
@@ -54,9 +54,9 @@ async def test_it_ends_as_soon_as_enough_have_answered(plain: Bus) -> None:
     assert took < 2
 
 
-async def test_it_ends_with_the_window_and_keeps_what_came(plain: Bus) -> None:
+async def test_a_request_many_ends_with_its_window_and_keeps_the_answers(plain: Bus) -> None:
     await replier(plain, "h1")
-    await plain.connection.subscribe(plain.subjects.of("auction", "*"), Heard())  # never answers
+    await plain.connection.subscribe(plain.subjects.of("auction", "*"), MessageRecorder())  # never answers
     names, took = await ask(plain, enough=2, window_s=0.15)
     assert names == ["h1"]
     assert 0.15 <= took < 2
@@ -67,7 +67,7 @@ async def test_answers_keep_their_order(plain: Bus) -> None:
     assert (await ask(plain, enough=3, window_s=5))[0] == ["h1"] * 3
 
 
-async def test_what_is_enough_is_asked_once_after_each_answer(plain: Bus) -> None:
+async def test_the_callback_for_enough_is_called_once_after_each_answer(plain: Bus) -> None:
     for n in range(4):
         await replier(plain, f"h{n}", raw=b"nonsense" if n == 3 else None)
     last: list[str] = []
@@ -83,7 +83,7 @@ async def test_what_is_enough_is_asked_once_after_each_answer(plain: Bus) -> Non
     assert last == [reply.name for reply in replies]
 
 
-async def test_a_question_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) -> None:
+async def test_a_request_many_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) -> None:
     with pytest.raises(PayloadTooLarge):
         await request_many(
             plain.requests,
@@ -97,30 +97,32 @@ async def test_a_question_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) 
     assert plain.requests._sinks == {}
 
 
-async def test_without_a_listener_it_ends_at_once_and_with_a_tap_by_its_window(plain: Bus, connect: Connect) -> None:
+async def test_a_request_many_without_a_listener_ends_at_once_and_with_a_tap_by_its_window(
+    plain: Bus, connect: Connect
+) -> None:
     names, took = await ask(plain, window_s=5)
     assert names == []
     assert took < 2
 
     tap = await connect()
-    await tap.connection.subscribe(tap.subjects.everything, Heard())
+    await tap.connection.subscribe(tap.subjects.everything, MessageRecorder())
     await tap.requests.flush()
     names, took = await ask(plain, window_s=0.15)
     assert names == []
     assert took >= 0.15
 
 
-async def test_what_is_no_answer_is_left_out_and_said(plain: Bus) -> None:
+async def test_an_unreadable_answer_is_left_out_and_logged(plain: Bus) -> None:
     await replier(plain, "bad", raw=b"nonsense")
     await replier(plain, "half", raw=b'{"bids": []}')
     await replier(plain, "good")
     with capture_logs() as logs:
         names, _ = await ask(plain, enough=2, window_s=0.2)
     assert names == ["good"]
-    assert [entry["event"] for entry in logs] == ["answer_undecodable"] * 2
+    assert [entry["event"] for entry in logs] == ["reply_undecodable"] * 2
 
 
-async def test_late_answers_disturb_nobody(plain: Bus) -> None:
+async def test_late_answers_have_no_effect(plain: Bus) -> None:
     asked: list[Msg] = []
 
     async def note(msg: Msg) -> None:
@@ -151,7 +153,7 @@ async def test_many_calls_side_by_side_get_their_own_answers(plain: Bus) -> None
 
 
 async def test_a_call_that_is_cancelled_leaves_nothing_behind(plain: Bus) -> None:
-    await plain.connection.subscribe(plain.subjects.of("auction", "*"), Heard())
+    await plain.connection.subscribe(plain.subjects.of("auction", "*"), MessageRecorder())
     calling = asyncio.ensure_future(ask(plain, window_s=60))
     await plain.requests.flush()
     calling.cancel()

@@ -1,26 +1,26 @@
-from collections.abc import AsyncIterator
-
 import pytest
 from support.nodes import node
 from support.phase_harness import Stage
 from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
 from support.wait import until
 
+from loom.agents.host.timings import HostTimings
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import node_key
-from loom.schemas.learning import Lease, NodeProfile, Reward
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 
 @pytest.fixture
-async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.05)
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(announce_s=0.1), adapt=AdaptTimings(sweep_s=0.05))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ async def profiles(stage: Stage) -> dict[str, NodeProfile]:
 
 
 async def refolded(stage: Stage) -> dict[str, NodeProfile]:
-    """What the stream itself says, folded from the beginning; nothing is ever removed here."""
+    """The profiles by the stream itself, folded from the beginning; no message is ever removed here."""
     known: dict[str, NodeProfile] = {}
     seq = 0
     async for one in RewardBus(bus=stage.bus).replay():
@@ -74,7 +74,7 @@ async def refolded(stage: Stage) -> dict[str, NodeProfile]:
 
 
 @pytest.mark.slow
-async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_finds_too(
+async def test_idle_children_retire_and_the_survivor_inherits_the_profile_that_a_rebuild_finds(
     stage: Stage, grown: SpawningHost
 ) -> None:
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.5))
@@ -92,13 +92,13 @@ async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_fin
     await until(inherited, within_s=WITHIN_S, what="the survivor's stored profile holds the inheritance")
     heir = (await profiles(stage))["a"]
     assert (heir.domains["code"].mean, heir.total_tasks, heir.consecutive_losses) == (0.25, 2, 2)
-    await until(lambda: last_told(stage, "a") == 3, within_s=WITHIN_S, what="the inheritance is told")
+    await until(lambda: published_count(stage, "a") == 3, within_s=WITHIN_S, what="the inheritance is published")
     [passed] = [one for one in stage.all("reward", node_id="a") if one.kind == "inherit"]
     assert (passed.reward_id, passed.score) == ("inherit:a-c1", 0.75)
 
 
-def last_told(stage: Stage, node_id: str) -> int:
-    """Return the rewards in `code` that the newest profile told of counts."""
+def published_count(stage: Stage, node_id: str) -> int:
+    """Return the rewards in `code` that the newest published profile counts."""
     news = stage.all("lifecycle", kind="learned", node_id=node_id)
     return news[-1].profile.domains["code"].count if news else 0
 
@@ -114,10 +114,8 @@ async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, g
 
 
 @pytest.mark.slow
-async def test_of_two_replicas_one_acts_and_min_nodes_stay(
-    stage: Stage, grown: SpawningHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loom.phases.adapt.lease.LEASE_S", 1.0)
+async def test_of_two_replicas_one_acts_and_min_nodes_stay(stage: Stage, grown: SpawningHost) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(sweep_s=0.05, lease_s=1.0))
     config = ClusterConfig(idle_timeout_s=0.3, min_nodes=2)
     replicas = [await stage.phase("adapt", config) for _ in range(2)]
     grown.let_go()  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ async def test_phases_wait_until_their_streams_can_be_created(plain: Bus, names:
 
 
 @pytest.mark.slow
-async def test_what_a_start_waits_for_is_logged_at_once_and_then_now_and_then(
+async def test_the_cause_a_start_waits_for_is_logged_at_once_and_then_periodically(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retried_start, "RETRY_S", 0.01)

@@ -1,4 +1,4 @@
-"""The RewardBus as a topic: anyone may publish, anyone may listen, and the past may be heard again."""
+"""The RewardBus as a topic: any client may publish, subscribe, and replay the past."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.compat import reward_formulas as formulas
 from loom.schemas.errors import BusUnavailable, InvalidTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 from loom.schemas.tokens import domain_token
 
@@ -70,7 +70,7 @@ async def listening(bus: Bus, count: int) -> None:
     await until(there, what=f"{count} readers")
 
 
-async def test_a_reward_is_published_and_heard_again_as_it_was(rewards: RewardBus) -> None:
+async def test_a_reward_is_published_and_replayed_unchanged(rewards: RewardBus) -> None:
     await rewards.publish(reward(1))
     await rewards.publish(reward(2, score=0.25))
     assert await replayed(rewards) == [reward(1), reward(2, score=0.25)]
@@ -116,7 +116,7 @@ async def test_a_replay_may_be_of_one_node_or_one_domain(rewards: RewardBus) -> 
     assert await replayed(rewards, node_id="n3") == []
 
 
-async def test_subscribers_hear_what_is_new_of_a_node_or_a_domain_or_all(
+async def test_subscribers_receive_new_rewards_of_a_node_or_a_domain_or_all(
     bus: Bus, rewards: RewardBus, connect: Connect
 ) -> None:
     await rewards.publish(reward(1))
@@ -127,16 +127,16 @@ async def test_subscribers_hear_what_is_new_of_a_node_or_a_domain_or_all(
     await listening(bus, 3)
     for one in (reward(2), reward(3, node_id="n2"), reward(4, domain="代码"), reward(5, domain="数据")):
         await rewards.publish(one)
-    await until(lambda: len(everything.got) == 4, what="all four heard")
+    await until(lambda: len(everything.got) == 4, what="all four rewards")
     assert [one.task_id for one in everything.got] == ["t2", "t3", "t4", "t5"]
-    await until(lambda: one_node.got and one_domain.got, what="theirs heard")
+    await until(lambda: one_node.got and one_domain.got, what="rewards of one node and one domain")
     assert [one.task_id for one in one_node.got] == ["t3"]
     assert [one.task_id for one in one_domain.got] == ["t4"]
     for listener in (everything, one_node, one_domain):
         await listener.stop()
 
 
-async def test_what_is_no_reward_is_left_out_and_said(bus: Bus, rewards: RewardBus) -> None:
+async def test_an_unreadable_reward_is_left_out_and_logged(bus: Bus, rewards: RewardBus) -> None:
     await bus.jetstream.publish(bus.subjects.of("reward", "rules", "local", "n1", "code"), b"nonsense")
     await rewards.publish(reward(1))
     with capture_logs() as logs:
@@ -166,6 +166,6 @@ async def test_without_a_bus_only_the_formulas_work() -> None:
         await anext(rewards.replay())
 
 
-async def test_a_node_id_that_is_no_token_is_refused(rewards: RewardBus) -> None:
+async def test_a_node_id_that_is_not_a_token_is_refused(rewards: RewardBus) -> None:
     with pytest.raises(InvalidTask):
         await anext(rewards.replay(node_id="a.b.c"))

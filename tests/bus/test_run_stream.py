@@ -1,9 +1,10 @@
-"""A run as EXECUTE sees it: whom it asks, for how long, and what it hears too late."""
+"""The stream of a run in EXECUTE: its requests, its patience, and events that come too late."""
 
 import asyncio
 import gc
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace as replace_fields
 from itertools import count
 
 import pytest
@@ -13,17 +14,15 @@ from support.runs import watch_of
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.phases.execute.run_stream import REPEAT_REQUEST_S, HostSilent, Interrupt, RunStream
+from loom.phases.execute.run_stream import HostSilent, Interrupt, RunStream
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskAd
 
 REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.REPEAT_REQUEST_S", 0.1)
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 1)
+TIMINGS = ExecuteTimings(repeat_request_s=0.1, accept_s=1)
 
 
 async def host(bus: Bus, answer: Callable[[FakeRun], Awaitable[None]] = FakeRun.succeed, *, deaf: int = 0) -> FakeHost:
@@ -37,7 +36,7 @@ async def host(bus: Bus, answer: Callable[[FakeRun], Awaitable[None]] = FakeRun.
     return await one.start()
 
 
-async def heard(watch: RunStream) -> list[RunEvent]:
+async def read_events(watch: RunStream) -> list[RunEvent]:
     events = []
     async with watch:
         while (event := await watch.next()) is not None:
@@ -49,7 +48,7 @@ async def heard(watch: RunStream) -> list[RunEvent]:
 
 async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of_the_time(plain: Bus) -> None:
     one = await host(plain, deaf=2)
-    kinds = [event.kind for event in await heard(await watch_of(plain, REQUEST))]
+    kinds = [event.kind for event in await read_events(await watch_of(plain, REQUEST, timings=TIMINGS))]
     assert kinds == ["accepted", "started", "result"]
     left = [run.request.remaining_s for run in one.runs]
     assert len(left) == 3
@@ -57,8 +56,8 @@ async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of
 
 
 async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: Bus) -> None:
-    """Nobody listens at first, and the server says so at once."""
-    watch = await watch_of(plain, REQUEST)
+    """The host has no subscription at first, and the server reports no responders at once."""
+    watch = await watch_of(plain, REQUEST, timings=TIMINGS)
     async with watch:
         await plain.requests.flush()
         await host(plain)
@@ -76,13 +75,13 @@ async def test_several_events_in_one_message_are_several_events(plain: Bus) -> N
         )
 
     await host(plain, at_once)
-    assert [event.seq for event in await heard(await watch_of(plain, REQUEST))] == [0, 1, 2]
+    assert [event.seq for event in await read_events(await watch_of(plain, REQUEST, timings=TIMINGS))] == [0, 1, 2]
 
 
 async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_counts(plain: Bus) -> None:
     one = await host(plain, FakeRun.succeed)
     stop = Interrupt()
-    async with await watch_of(plain, REQUEST, stop) as watch:
+    async with await watch_of(plain, REQUEST, stop, timings=TIMINGS) as watch:
         await until(lambda: one.runs, what="it runs")
         await plain.requests.flush()
         stop.set("recalled")
@@ -94,50 +93,47 @@ async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_c
 
 
 async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(plain: Bus) -> None:
-    """Phases collect rarely, and what a task says would stay until then."""
+    """Phases collect garbage rarely, and the text of a task would stay until then."""
     await host(plain)
     stop = Interrupt()
-    watch = await watch_of(plain, REQUEST, stop)
+    watch = await watch_of(plain, REQUEST, stop, timings=TIMINGS)
     left = weakref.ref(watch)
     gc.disable()
     try:
-        await heard(watch)
+        await read_events(watch)
         del watch
         assert left() is None
     finally:
         gc.enable()
-    stop.set("late")  # wakes nobody
+    stop.set("late")  # wakes no task
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attached", [True, False])
 async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_heartbeats(
-    plain: Bus, monkeypatch: pytest.MonkeyPatch, attached: bool
+    plain: Bus, attached: bool
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.25)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 30)
+    timings = replace_fields(TIMINGS, accept_s=0.25, silence_s=30)
     await host(plain, deaf=6)
-    watch = await watch_of(plain, REQUEST, attached=attached)
+    watch = await watch_of(plain, REQUEST, timings=timings, attached=attached)
     if attached:
-        assert (await heard(watch))[-1].kind == "result"
+        assert (await read_events(watch))[-1].kind == "result"
     else:
         with pytest.raises(HostSilent, match=r"silent for 0\.25 s"):
-            await heard(watch)
+            await read_events(watch)
 
 
-async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.1)
-
+async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus) -> None:
     async def stall(run: FakeRun) -> None:
-        await run.say("accepted")
+        await run.publish("accepted")
 
     one = await host(plain, stall)
     with pytest.raises(HostSilent):
-        await heard(await watch_of(plain, REQUEST))
+        await read_events(await watch_of(plain, REQUEST, timings=replace_fields(TIMINGS, silence_s=0.1)))
     with capture_logs() as logs:
-        await one.runs[0].say("heartbeat")
-        await one.runs[0].say("result", result=RunResult(content="late"))
-        await one.runs[0].say("result", result=RunResult(content="later still"))
+        await one.runs[0].publish("heartbeat")
+        await one.runs[0].publish("result", result=RunResult(content="late"))
+        await one.runs[0].publish("result", result=RunResult(content="later still"))
         await until(lambda: len(logs) == 2, what="both are logged")
         await plain.requests.flush()
     assert (logs[0]["event"], logs[0]["task_id"], logs[0]["host_id"], logs[0]["kind"]) == (
@@ -182,7 +178,7 @@ async def test_lost_events_are_asked_for_at_once_and_come_once_and_in_order(plai
     first = [event for event in events if event.seq not in lost]
     await host(plain, run_of(*events, first=first))
     seen: list[RunEvent] = []
-    async with await watch_of(plain, REQUEST) as watch:
+    async with await watch_of(plain, REQUEST, timings=TIMINGS) as watch:
         async with asyncio.timeout(5):
             while {event.seq for event in seen if event.kind != "heartbeat"} != {0, 1, 2, 4}:
                 event = await watch.next()
@@ -195,12 +191,12 @@ async def test_events_that_a_host_has_not_kept_do_not_stall_the_run(plain: Bus) 
     events = [event for event in WHOLE if event.seq != 2]
     await host(plain, run_of(*events, first=events))
     async with asyncio.timeout(5):
-        seen = await heard(await watch_of(plain, REQUEST))
+        seen = await read_events(await watch_of(plain, REQUEST, timings=TIMINGS))
     assert [event.kind for event in seen][-1] == "result"
 
 
 async def test_an_unanswered_request_is_repeated_each_second() -> None:
-    assert REPEAT_REQUEST_S == 1.0
+    assert ExecuteTimings.repeat_request_s == 1.0
 
 
 @pytest.mark.parametrize("limit", ["MAX_RUN_EVENTS", "MAX_RUN_BYTES"])
@@ -212,13 +208,13 @@ async def test_a_run_that_sends_too_much_is_given_up(
 
     async def flood(run: FakeRun) -> None:
         events = [RunEvent(seq=n, kind="heartbeat") for n in range(1, 100)]
-        await run.say("accepted")
+        await run.publish("accepted")
         for body in [events] if together else events:
             await plain.connection.publish(run.subject, body)
 
     await host(plain, flood)
-    watch = await watch_of(plain, REQUEST)
-    last = (await heard(watch))[-1]
+    watch = await watch_of(plain, REQUEST, timings=TIMINGS)
+    last = (await read_events(watch))[-1]
     assert last.error is not None
     assert last.error.code == "agent_failed"
     assert last.error.message.startswith("too many events")
@@ -232,7 +228,7 @@ async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pyte
             await plain.connection.publish(run.subject, RunEvent(seq=0, kind="accepted"))
 
     await host(plain, flood)
-    assert (await heard(await watch_of(plain, REQUEST)))[-1].kind == "error"
+    assert (await read_events(await watch_of(plain, REQUEST, timings=TIMINGS)))[-1].kind == "error"
 
 
 @pytest.mark.parametrize("unanswered", [1, 2])
@@ -251,7 +247,7 @@ async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(pl
             await plain.connection.publish(run.subject, [ACCEPTED, WAITING])
 
     await host(plain, answer)
-    async with await watch_of(plain, REQUEST) as watch, asyncio.timeout(10):
+    async with await watch_of(plain, REQUEST, timings=TIMINGS) as watch, asyncio.timeout(10):
         while (event := await watch.next()) is not None and event.kind != "waiting":
             pass
     assert event is not None
@@ -264,12 +260,12 @@ async def test_messages_that_hold_no_event_are_counted_too(
     monkeypatch.setattr("loom.phases.execute.run_stream.MAX_RUN_EVENTS", 30)
 
     async def flood(run: FakeRun) -> None:
-        await run.say("accepted")
+        await run.publish("accepted")
         for _ in range(40):
             await plain.connection.publish(run.subject, garbage)
 
     await host(plain, flood)
     async with asyncio.timeout(10):
-        last = (await heard(await watch_of(plain, REQUEST)))[-1]
+        last = (await read_events(await watch_of(plain, REQUEST, timings=TIMINGS)))[-1]
     assert last.error is not None
     assert last.error.message.startswith("too many events")

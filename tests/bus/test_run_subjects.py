@@ -12,6 +12,7 @@ from loom.bus.host_directory import HostKey
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import HostSilent, Interrupt, RunStream
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -52,7 +53,7 @@ async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_an
     stage: Stage, owner: str, host_id: str, key: str, counted: str
 ) -> None:
     async def start(run: FakeRun) -> None:
-        await run.say("accepted")
+        await run.publish("accepted")
 
     one = await FakeHost(await stage.connect("node"), run=start).start()
     execute = await stage.phase("execute")
@@ -63,29 +64,26 @@ async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_an
     await stage.bus.connection.publish(subject, FORGED)
     await until(lambda: counted in execute.bus.discards.hosts, what="it is counted")
     assert not stage.all("task", phase="evaluate")
-    await one.runs[0].say("result", result=RunResult(content="done"))
+    await one.runs[0].publish("result", result=RunResult(content="done"))
     assert (await stage.seen("task", phase="evaluate")).result == RunResult(content="done")
     assert {host: left.counts for host, left in execute.bus.discards.hosts.items()} == {counted: {"events": 1}}
 
 
-async def test_events_of_another_replica_are_not_heard(stage: Stage) -> None:
+async def test_events_of_another_replica_are_not_received(stage: Stage) -> None:
     execute = await stage.phase("execute")
     await stage.bus.connection.publish(stage.bus.subjects.of("event", "local", "h1", "execute-other", "key"), FORGED)
     await quiet(stage.bus, execute.bus)
     assert not execute.bus.discards.hosts
 
 
-async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
-    plain: Bus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_S", 0.3)
-    monkeypatch.setattr("loom.phases.execute.run_stream.REPEAT_ABSENT_S", 0.1)
-    async with await watch_of(plain, REQUEST) as watch:
+async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(plain: Bus) -> None:
+    timings = ExecuteTimings(absent_s=0.3, repeat_absent_s=0.1)
+    async with await watch_of(plain, REQUEST, timings=timings) as watch:
         with pytest.raises(HostSilent, match="host h1 is not connected"):
             await watch.next()
 
 
-async def test_each_watching_has_a_key_of_its_own_and_a_run_that_moves_is_not_blamed_for_its_last_events(
+async def test_each_watch_has_its_own_key_and_late_events_of_a_moved_run_are_not_counted(
     plain: Bus,
 ) -> None:
     one = await FakeHost(plain).start()
@@ -96,8 +94,8 @@ async def test_each_watching_has_a_key_of_its_own_and_a_run_that_moves_is_not_bl
     async with first.reattach() as second:
         await until(lambda: len(one.runs) == 2, what="it is asked again")
         assert one.runs[0].subject != one.runs[1].subject
-        await one.runs[0].say("moved")
-        await one.runs[1].say("accepted")
+        await one.runs[0].publish("moved")
+        await one.runs[1].publish("accepted")
         event = await second.next()
     assert event is not None
     assert event.kind == "accepted"
@@ -109,7 +107,7 @@ async def test_a_reply_after_the_last_event_is_counted_if_the_run_was_asked_for_
     async with await watch_of(plain, REQUEST) as watch:
         while (event := await watch.next()) is not None and not event.final:
             pass
-    await one.runs[0].say("error", error=TaskError(code="agent_failed", message="or not"))
+    await one.runs[0].publish("error", error=TaskError(code="agent_failed", message="or not"))
     await until(lambda: plain.discards.hosts, what="it is counted")
     assert plain.discards.hosts["h1"].counts == {"events": 1}
 
@@ -118,14 +116,14 @@ async def test_closed_subjects_are_remembered_up_to_a_limit(plain: Bus, monkeypa
     monkeypatch.setattr("loom.phases.execute.run_inbox.CLOSED_KEYS", 2)
     events = EventSubjects(plain)
     await events.start()
-    heard: list[Msg] = []
-    subjects = [events.open(HostKey("local", "h1"), heard.append) for _ in range(3)]
+    received: list[Msg] = []
+    subjects = [events.open(HostKey("local", "h1"), received.append) for _ in range(3)]
     for subject in subjects:
         events.close(subject)
         events.close(subject)
     for subject in subjects:
         await plain.connection.publish(subject, FORGED)
     await plain.requests.flush()
-    assert (heard, plain.discards.hosts["h1"].counts) == ([], {"events": 1})
+    assert (received, plain.discards.hosts["h1"].counts) == ([], {"events": 1})
     await events.stop()
     await events.stop()

@@ -7,7 +7,9 @@ from support.builders import ad, awarded, envelope
 from support.phase_harness import Stage, quiet
 from support.wait import until
 
+from loom.phases.scale.timings import ScaleTimings
 from loom.phases.shared.scale_rule import is_saturated
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
@@ -15,13 +17,13 @@ from loom.schemas.envelope import Envelope
 
 @pytest.fixture
 async def asked(stage: Stage) -> list[SpawnRequest]:
-    """The requests for nodes that were made; nobody answers them."""
+    """The spawn requests that were made; no host answers them."""
     requests: list[SpawnRequest] = []
 
-    async def hear(msg: Any) -> None:
+    async def record(msg: Any) -> None:
         requests.append(decode(msg.data, SpawnRequest))
 
-    await stage.bus.connection.subscribe(stage.bus.subjects.spawn, hear)
+    await stage.bus.connection.subscribe(stage.bus.subjects.spawn, record)
     return requests
 
 
@@ -33,7 +35,7 @@ def bid(load: float, node_id: str = "n1") -> ScoredBid:
     return ScoredBid(node_id=node_id, host_id="h1", score=1, self_rating=1, trust=1, load=load, tools=1)
 
 
-async def test_an_awarded_task_passes_on_as_it_came(stage: Stage, asked: list[SpawnRequest]) -> None:
+async def test_an_awarded_task_passes_on_unchanged(stage: Stage, asked: list[SpawnRequest]) -> None:
     await stage.phase("scale")
     env = awarded(task(stage))
     await stage.put("scale", env)
@@ -44,7 +46,7 @@ async def test_an_awarded_task_passes_on_as_it_came(stage: Stage, asked: list[Sp
     assert not asked
 
 
-async def test_a_task_nobody_bid_for_asks_for_a_node_and_goes_back(stage: Stage, asked: list[SpawnRequest]) -> None:
+async def test_a_task_without_bids_makes_a_spawn_request_and_goes_back(stage: Stage, asked: list[SpawnRequest]) -> None:
     await stage.phase("scale")
     env = task(stage, required_tools=("search",))
     await stage.put("scale", env)
@@ -83,25 +85,23 @@ async def test_a_saturated_winner_asks_for_a_node_and_passes_on(stage: Stage, as
     assert asked[0].reason == "saturated"
 
 
-async def test_a_node_is_asked_for_once_a_second_and_domain(
-    stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await stage.phase("scale")
+async def test_a_node_is_asked_for_once_a_second_and_domain(stage: Stage, asked: list[SpawnRequest]) -> None:
+    scale: Any = await stage.phase("scale")
     for n in range(6):
         await stage.put("scale", task(stage, domain="code" if n % 2 else "data"))
     await stage.seen("task", phase="match", count=6)
     await until(lambda: len(asked) >= 2, what="two nodes are asked for")
-    monkeypatch.setattr("loom.phases.scale.spawn_requests.REQUEST_EVERY_S", 0.0)
+    scale.service._spawn_requests._interval_s = 0.0
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
     assert sorted(request.domain_token for request in asked) == ["code", "code", "data"]
 
 
-async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
-    stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
+async def test_each_task_without_bids_makes_a_spawn_request_with_its_own_text(
+    stage: Stage, asked: list[SpawnRequest]
 ) -> None:
     """One of them may call for a skill that the others do not."""
-    monkeypatch.setattr("loom.phases.scale.spawn_requests.REQUEST_EVERY_S", 60.0)
+    stage.timings = ServiceTimings(scale=ScaleTimings(spawn_interval_s=60.0))
     await stage.phase("scale")
     for text in ("sort", "é" * 600, "sort"):
         await stage.put("scale", task(stage, description=text))
@@ -114,7 +114,7 @@ async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
     assert len(asked) == 3
 
 
-async def test_where_nobody_bids_a_host_that_cannot_is_not_the_last_to_be_asked(stage: Stage) -> None:
+async def test_a_host_that_declines_a_spawn_request_is_followed_by_another(stage: Stage) -> None:
     await stage.phase("scale")
     asked: list[SpawnRequest] = []
 

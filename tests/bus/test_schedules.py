@@ -33,7 +33,7 @@ async def test_a_phase_takes_what_it_has_scheduled_itself(bus: Bus, phases: Phas
 
 
 @pytest.mark.parametrize(("by", "task"), [("match", "t1"), ("evaluate", "t1"), ("scale", "t2")])
-async def test_what_another_phase_or_task_has_scheduled_is_a_dead_letter(
+async def test_a_message_that_another_phase_or_task_has_scheduled_is_a_dead_letter(
     bus: Bus, phases: Phases, by: str, task: str
 ) -> None:
     phase = await phases.start(bus)
@@ -59,7 +59,7 @@ async def test_the_header_is_compared_exactly(bus: Bus, phases: Phases) -> None:
     await phase.count(1)
 
 
-async def test_a_message_without_a_schedule_is_not_looked_at(bus: Bus, phases: Phases) -> None:
+async def test_a_message_without_a_schedule_passes_unchecked(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus)
     await put(bus, envelope())
     await phase.count(1)
@@ -97,7 +97,7 @@ TRUE = b"Nats-Scheduler: ns.later.execute.t1.x\r\nNats-Schedule-Next: purge\r\n\
         b"X: Nats-Scheduler: ns.later.match.t1.x\r\n",
     ],
 )
-def test_a_name_that_the_server_lets_pass_does_not_hide_who_scheduled(forged: bytes) -> None:
+def test_a_name_that_the_server_accepts_does_not_hide_the_scheduling_phase(forged: bytes) -> None:
     """All of these were stored by nats-server 2.15, and stood before its own header in the message it moved."""
     moved = Msg(TARGET, raw_headers=b"NATS/1.0\r\n" + forged + TRUE)
     assert forbidden_scheduler(moved) == "ns.later.execute.t1.x"

@@ -8,6 +8,8 @@ from support.phase_harness import Asker, Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.hop_loop import schedule
+from loom.phases.sense.timings import SenseTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Split
@@ -17,7 +19,7 @@ from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, T
 
 
 class Model:
-    """A provider that answers, or raises, as it was told."""
+    """A provider that returns or raises the given answer."""
 
     def __init__(self, answer: str | Exception) -> None:
         self.answer = answer
@@ -54,13 +56,13 @@ async def test_a_submission_becomes_a_record_and_a_hop_to_match(stage: Stage) ->
     await stage.phase("sense")
     before = stage.bus.clock.now()
     task = ad(timeout_s=20, token_budget=500)
-    sent = await submit(stage, task, reply_to="_INBOX.somebody")
+    sent = await submit(stage, task, reply_to="_INBOX.client")
     hop = await stage.seen("task", phase="match")
     assert (hop.ad, hop.attempt, hop.step, hop.budget) == (task, 1, 1, 500)
     assert (hop.spec.method, hop.spec.domains, hop.spec.complexity) == ("given", ("code",), 0.3)
     assert [(one.phase, one.step) for one in hop.hops] == [("sense", 0)]
     record = await stage.read(task.task_id)
-    assert (record.state, record.submission, record.reply_to) == ("running", sent.submission, ("_INBOX.somebody",))
+    assert (record.state, record.submission, record.reply_to) == ("running", sent.submission, ("_INBOX.client",))
     assert record.claim == Claim()
     assert before + 19 < record.envelope.deadline == hop.deadline < stage.bus.clock.now() + 20.5
     await stage.settled("INTAKE")
@@ -111,7 +113,7 @@ async def test_many_submitters_at_once_are_admitted_once_and_none_is_forgotten(s
     assert set((await stage.read(task.task_id)).reply_to) == {asker.inbox for asker in askers}
 
 
-async def test_ninth_submitters_of_a_running_task_are_told_accepted(stage: Stage) -> None:
+async def test_the_ninth_submitter_of_a_running_task_is_answered_accepted(stage: Stage) -> None:
     await stage.phase("sense")
     task, ninth = ad(), Asker(stage.bus)
     for n in range(8):
@@ -122,7 +124,7 @@ async def test_ninth_submitters_of_a_running_task_are_told_accepted(stage: Stage
     assert (await stage.read(task.task_id)).reply_to == tuple(f"_INBOX.{n}" for n in range(8))
 
 
-async def test_who_submits_a_task_that_has_ended_gets_its_answer_at_once(stage: Stage) -> None:
+async def test_the_submitter_of_a_task_that_has_ended_gets_its_answer_at_once(stage: Stage) -> None:
     await stage.phase("sense")
     task, late = ad(), Asker(stage.bus)
     await end(stage, task)
@@ -148,10 +150,10 @@ async def test_an_answer_is_never_sent_outside_client_inboxes(stage: Stage, repl
     await stage.phase("sense")
     hijacked: list[Any] = []
 
-    async def hear(msg: Any) -> None:
+    async def record(msg: Any) -> None:
         hijacked.append(msg)
 
-    await stage.bus.connection.subscribe(reply_to, hear)
+    await stage.bus.connection.subscribe(reply_to, record)
     task, done = ad(), ad()
     await submit(stage, task, reply_to=reply_to)
     await end(stage, done)
@@ -165,7 +167,7 @@ async def test_an_answer_is_never_sent_outside_client_inboxes(stage: Stage, repl
 # -- what is refused
 
 
-async def test_a_bad_ad_is_refused_at_the_desk_and_nothing_is_queued(stage: Stage) -> None:
+async def test_a_bad_ad_is_refused_at_submission_and_nothing_is_queued(stage: Stage) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     for count, body in enumerate((b"{", b'{"description": ""}', b'{"description": "x", "prioritty": "low"}'), start=1):
@@ -196,7 +198,7 @@ async def test_a_bad_ad_put_straight_into_the_intake_ends_with_a_reply_and_a_rec
     assert (await stage.read(task.task_id)).state == "failed"
 
 
-async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_nobody(stage: Stage) -> None:
+async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_no_task(stage: Stage) -> None:
     await stage.phase("sense")
     victim = ad()
     await stage.record(envelope(victim, now=stage.bus.clock.now()))
@@ -209,7 +211,7 @@ async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_nobo
     assert (await stage.read(victim.task_id)).state == "running"
 
 
-async def test_bytes_that_are_no_submission_end_as_dead_letter(stage: Stage) -> None:
+async def test_bytes_that_are_not_a_submission_end_as_dead_letter(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
     await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", "t1"), b'{"ad": 7}')
@@ -220,7 +222,7 @@ async def test_bytes_that_are_no_submission_end_as_dead_letter(stage: Stage) -> 
 # -- how hard, which domain
 
 
-async def test_a_model_is_asked_when_the_ad_says_little(stage: Stage) -> None:
+async def test_a_model_is_asked_when_the_ad_has_little_text(stage: Stage) -> None:
     model = Model('{"complexity": 0.8, "domains": ["law", "finance"]}')
     await stage.phase("sense", llm=model)
     await submit(stage, ad("Have a look at this, please", domain="", estimated_complexity=None))
@@ -230,7 +232,7 @@ async def test_a_model_is_asked_when_the_ad_says_little(stage: Stage) -> None:
     assert model.asked[0].temperature == 0
 
 
-async def test_what_the_ad_says_itself_a_model_does_not_change(stage: Stage) -> None:
+async def test_a_model_does_not_change_fields_that_the_ad_sets(stage: Stage) -> None:
     model = Model('{"complexity": 0.8, "domains": ["law"]}')
     await stage.phase("sense", llm=model)
     await submit(stage, ad("Have a look", domain="", estimated_complexity=0.1))
@@ -252,7 +254,7 @@ async def test_a_model_that_fails_is_replaced_by_the_heuristic_and_a_note(
     assert "no key" not in spec.note
 
 
-async def test_what_a_question_took_is_counted_and_taken_off_the_budget(stage: Stage) -> None:
+async def test_the_tokens_of_an_estimate_are_counted_and_subtracted_from_the_budget(stage: Stage) -> None:
     await stage.phase("sense", llm=Model('{"complexity": "0.8", "domains": ["law"]}'))
     await submit(stage, ad("Have a look", domain="", estimated_complexity=None, token_budget=5000))
     envelope = await stage.seen("task", phase="match")
@@ -281,13 +283,13 @@ async def test_a_model_that_is_down_does_not_keep_every_vague_task_waiting(stage
     assert "not asked for a while" in spec.note
 
 
-async def test_a_model_that_hangs_is_not_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_that_hangs_is_not_waited_for(stage: Stage) -> None:
     class Hanging(Model):
         async def complete(self, params: CompletionParams) -> CompletionResult:
             await asyncio.Event().wait()
             raise AssertionError(params)
 
-    monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 0.05)
+    stage.timings = ServiceTimings(sense=SenseTimings(estimate_within_s=0.05))
     await stage.phase("sense", llm=Hanging(""))
     await submit(stage, ad("Have a look", domain="", estimated_complexity=None))
     assert "TimeoutError" in (await stage.seen("task", phase="match")).spec.note
@@ -349,7 +351,7 @@ async def test_a_subtask_of_an_ended_parent_ends_at_once(stage: Stage) -> None:
     assert (await stage.seen("task", phase="evaluate")).error.code == "cancelled"
 
 
-async def test_an_envelope_that_is_no_subtask_is_a_dead_letter(stage: Stage) -> None:
+async def test_an_envelope_that_is_not_a_subtask_is_a_dead_letter(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.put("sense", envelope(now=stage.bus.clock.now()))
     await stage.seen("dead", phase="sense")
@@ -358,7 +360,7 @@ async def test_an_envelope_that_is_no_subtask_is_a_dead_letter(stage: Stage) -> 
 # -- status and cancel
 
 
-async def test_status_tells_how_far_a_task_is(stage: Stage) -> None:
+async def test_the_status_has_the_phase_and_state_of_a_task(stage: Stage) -> None:
     asker, status = Asker(stage.bus), stage.bus.subjects
     task = ad()
     await stage.put("match", envelope(now=stage.bus.clock.now()))
@@ -384,9 +386,9 @@ async def test_a_full_status_has_the_record_without_the_subjects_of_replies(stag
     env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     running = await stage.record(env, reply_to=(submitter.inbox,))
     await asker.ask(stage.bus.subjects.of("status", "t1"), {"full": True})
-    told = await asker.answer(TaskStatus)
-    assert told.record == replace(running, reply_to=())
-    assert TaskResult(**{name: getattr(told, name) for name in TaskResult.__struct_fields__}) == running.to_result()
+    status = await asker.answer(TaskStatus)
+    assert status.record == replace(running, reply_to=())
+    assert TaskResult(**{name: getattr(status, name) for name in TaskResult.__struct_fields__}) == running.to_result()
     assert submitter.inbox.encode() not in asker.answers[0].data
     await asker.ask(stage.bus.subjects.of("cancel", "t1"), {"full": True})
     ended = await asker.answer(TaskStatus, count=2)
@@ -405,7 +407,7 @@ async def test_any_other_body_of_a_request_for_the_status_asks_for_the_result_al
     assert b'"record"' not in asker.answers[0].data
 
 
-async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stage) -> None:
+async def test_a_cancel_of_a_running_task_goes_to_evaluate_first(stage: Stage) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     await stage.claimed(envelope(ad(task_id="t1"), now=stage.bus.clock.now()), attempt=2)
@@ -413,8 +415,8 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
     result, record = await asker.answer(TaskResult), await stage.read("t1")
     assert (record.state, record.envelope.error and record.envelope.error.code) == ("cancelled", "cancelled")
     assert record.ended_at is not None
-    told = await stage.seen("task", phase="evaluate", task_id="t1")
-    assert (told.error.code, told.attempt) == ("cancelled", 2)
+    sent = await stage.seen("task", phase="evaluate", task_id="t1")
+    assert (sent.error.code, sent.attempt) == ("cancelled", 2)
     assert record.to_result() == result
 
 
@@ -428,11 +430,11 @@ async def test_a_cancelled_task_has_the_tokens_of_its_failed_attempts(stage: Sta
     await asker.ask(stage.bus.subjects.of("cancel", "t1"))
     result = await asker.answer(TaskResult)
     assert (result.state, result.prompt_tokens, result.usd) == ("cancelled", 20, 1.0)
-    told = await stage.seen("task", phase="evaluate")
-    assert (told.error.code, told.spent) == ("cancelled", took.usage_with(took))
+    sent = await stage.seen("task", phase="evaluate")
+    assert (sent.error.code, sent.spent) == ("cancelled", took.usage_with(took))
 
 
-async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_way(stage: Stage) -> None:
+async def test_reply_subjects_are_not_shown_to_the_canceller_of_a_task_on_its_way(stage: Stage) -> None:
     await stage.phase("sense")
     submitter, asker = Asker(stage.bus), Asker(stage.bus)
     task = ad(task_id="t1")
@@ -447,7 +449,7 @@ async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_w
     assert (await stage.read("t1")).envelope.record_version is None
 
 
-async def test_cancelling_what_has_ended_changes_nothing(stage: Stage) -> None:
+async def test_a_cancel_of_an_ended_task_changes_nothing(stage: Stage) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     ended = await end(stage, ad(task_id="t1"))
@@ -472,7 +474,7 @@ async def test_a_queued_task_is_cancelled_before_it_is_admitted(stage: Stage) ->
     assert not stage.all("task", phase="match", task_id=task.task_id)
 
 
-async def test_cancelling_an_unknown_task_says_so(stage: Stage) -> None:
+async def test_a_cancel_of_an_unknown_task_is_answered_unknown_task(stage: Stage) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     await asker.ask(stage.bus.subjects.of("cancel", "nobodys"))
@@ -480,7 +482,7 @@ async def test_cancelling_an_unknown_task_says_so(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("family", ["status", "cancel"])
-async def test_a_wildcard_names_nobodys_task(stage: Stage, family: str) -> None:
+async def test_a_wildcard_in_a_task_id_matches_no_task(stage: Stage, family: str) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     await stage.record(envelope(ad(task_id="somebodys"), now=stage.bus.clock.now()))
@@ -493,7 +495,7 @@ async def test_a_wildcard_names_nobodys_task(stage: Stage, family: str) -> None:
 # -- the intake gate
 
 
-async def test_nothing_is_admitted_while_the_house_is_full(stage: Stage) -> None:
+async def test_no_task_is_admitted_while_the_stream_is_full(stage: Stage) -> None:
     for n in range(4):
         await stage.put("match", envelope(ad(task_id=f"f{n}"), now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=4))
@@ -505,7 +507,7 @@ async def test_nothing_is_admitted_while_the_house_is_full(stage: Stage) -> None
     await stage.seen("task", phase="match", task_id="w2")
 
 
-async def test_a_fifth_of_the_room_is_kept_for_what_is_urgent(stage: Stage) -> None:
+async def test_a_fifth_of_the_room_is_kept_for_urgent_tasks(stage: Stage) -> None:
     for n in range(8):
         await stage.put("match", envelope(ad(task_id=f"f{n}"), now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=10))
@@ -536,7 +538,7 @@ async def test_parked_timers_take_no_room(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-async def test_a_flood_goes_through_a_narrow_house(stage: Stage) -> None:
+async def test_a_flood_of_tasks_goes_through_a_small_stream(stage: Stage) -> None:
     await stage.phase("sense", ClusterConfig(max_in_flight=5))
     await stage.phase("match")
     for n in range(40):

@@ -13,21 +13,22 @@ from support.phase_harness import Stage
 from support.runs import Watcher, run, stop_run
 from support.wait import until
 
-from loom.agents.host.delegation import Delegator
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
+from loom.agents.run_context import current_run
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.services import running_nodes, running_phases
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.run import RunRequest, Stop
 from loom.schemas.task import TaskAd
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=0.1))
 
 
 async def quick(job: RunRequest) -> str:
@@ -53,7 +54,7 @@ async def is_free(host: NodeHost) -> None:
     await until(lambda: not room.has_work and not host._runs.active(), what="every place is free")
     watcher = Watcher(host.bus)
     await watcher.run(host, task_id="afterwards")
-    await watcher.heard("result")
+    await watcher.event("result")
 
 
 async def test_a_run_cancelled_in_the_turn_it_was_requested_keeps_no_slot(stage: Stage) -> None:
@@ -165,9 +166,9 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 
 @pytest.mark.slow
 async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.run_executor.GIVE_UP_S", 0.3)
+    stage.timings = ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=0.1, cancel_grace_s=0.3))
     hanging = HangingAgents()
 
     async def deaf_child(job: RunRequest) -> str:
@@ -179,13 +180,13 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
         with capture_logs() as logs:
             for name in ("n1", "n2"):
                 watcher = await run(stage, host, task_id=f"deaf-{name}", node_id=name)
-                await watcher.heard("started")
+                await watcher.event("started")
                 await stop_run(stage.bus, host, f"deaf-{name}")
                 assert await watcher.code() == "cancelled"
             for each in nodes:
                 each.agent = quick
             for name in ("n1", "n2"):
-                await (await run(stage, host, task_id=f"next-{name}", node_id=name)).heard("result")
+                await (await run(stage, host, task_id=f"next-{name}", node_id=name)).event("result")
             given_up = [line for line in logs if line["event"] == "run_ignores_cancel"]
         assert {line["task_id"] for line in given_up} == {"deaf-n1", "deaf-n2"}
         await until(lambda: stage.all("host")[-1].stuck == 1, what="the one that still runs is announced")
@@ -209,15 +210,15 @@ async def test_a_drain_does_not_wait_for_runs_that_ignore_their_cancel(stage: St
     hanging.released.set()
 
 
-async def test_a_run_that_has_ended_gets_no_slot_back_for_what_it_delegated(stage: Stage) -> None:
+async def test_a_run_that_has_ended_gets_no_slot_back_for_its_delegations(stage: Stage) -> None:
     left: list[asyncio.Task[Any]] = []
 
     async def leaves_a_task_behind(job: RunRequest) -> str:
         async def delegates() -> None:
-            delegator = Delegator.current()
-            assert delegator is not None
+            run_context = current_run()
+            assert run_context is not None
             async with asyncio.timeout(0.2):
-                await delegator.delegate("x", "any", None, {})
+                await run_context.delegate("x", "any", None, {})
 
         left.append(asyncio.create_task(delegates()))
         await asyncio.sleep(0)
@@ -225,7 +226,7 @@ async def test_a_run_that_has_ended_gets_no_slot_back_for_what_it_delegated(stag
 
     nodes = [node("n1", leaves_a_task_behind)]
     host = await stage.host(nodes, slots=1)
-    await (await run(stage, host)).heard("result")
+    await (await run(stage, host)).event("result")
     await asyncio.wait(left, timeout=5)
     assert isinstance(left[0].exception(), TimeoutError)
     nodes[0].agent = quick

@@ -12,7 +12,9 @@ from support.fake_host import FakeHost, FakeRun
 from support.phase_harness import Asker, Stage, quiet
 from support.wait import until
 
-from loom.phases.execute.stops import STOP_AGAIN_S, STOPS
+from loom.phases.execute.stops import STOPS
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.envelope import Claim, Envelope
 from loom.schemas.run import RunEvent, Stop
 from loom.schemas.task import TaskError, TaskResult
@@ -21,11 +23,9 @@ CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 Script = Callable[[FakeRun], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.stops.STOP_AGAIN_S", 0.05)
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.3)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(execute=ExecuteTimings(repeat_stop_s=0.05, accept_s=0.4, silence_s=0.3))
 
 
 async def host(stage: Stage, run: Script | None, host_id: str = "h1", owner: str = "local") -> FakeHost:
@@ -46,14 +46,14 @@ async def code_of(stage: Stage) -> str:
 
 
 async def hang(run: FakeRun) -> None:
-    await run.say("accepted")
+    await run.publish("accepted")
     while True:
-        await run.say("heartbeat")
+        await run.publish("heartbeat")
         await asyncio.sleep(0.05)
 
 
 async def accepted(run: FakeRun) -> None:
-    await run.say("accepted")
+    await run.publish("accepted")
 
 
 async def flood(run: FakeRun) -> None:
@@ -70,7 +70,7 @@ async def test_a_cancelled_run_is_stopped_until_its_last_event_and_not_counted(s
     await until(lambda: one.runs, what="it runs")
     await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     await until(lambda: len(one.stops) == 2, what="it is stopped twice")
-    await one.runs[0].say("error", error=CANCELLED)
+    await one.runs[0].publish("error", error=CANCELLED)
     await quiet(stage.bus, execute.bus, one.bus)
     sent = len(one.stops)
     stopped_at = time.monotonic()
@@ -94,7 +94,7 @@ async def test_a_host_that_does_not_obey_is_sent_five_stops(stage: Stage) -> Non
 
 
 def test_stops_are_a_second_apart() -> None:
-    assert STOP_AGAIN_S == 1.0
+    assert ExecuteTimings.repeat_stop_s == 1.0
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.builders import ad, envelope, submission
-from support.bus_helpers import Heard
+from support.bus_helpers import MessageRecorder
 from support.phase_harness import Asker, Stage
 from support.wait import until
 
@@ -57,7 +57,7 @@ async def ended(stage: Stage, submitter: str, task: TaskAd) -> TaskRecord:
 
 
 @pytest.mark.parametrize("family", ["status", "cancel"])
-async def test_by_name_the_task_of_another_submitter_is_unknown(stage: Stage, family: str) -> None:
+async def test_the_task_of_another_submitter_is_unknown_to_a_name(stage: Stage, family: str) -> None:
     await stage.phase("sense")
     await admitted(stage, "bob", ad(task_id="t1"))
     await admitted(stage, "public", ad(task_id="t2"))
@@ -71,7 +71,7 @@ async def test_by_name_the_task_of_another_submitter_is_unknown(stage: Stage, fa
 
 
 @pytest.mark.parametrize("family", ["status", "cancel"])
-async def test_by_name_a_queued_task_of_another_submitter_is_unknown(stage: Stage, family: str) -> None:
+async def test_a_queued_task_of_another_submitter_is_unknown_to_a_name(stage: Stage, family: str) -> None:
     await stage.put("match", envelope(now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=1))  # admits nothing more
     await stage.gate_measured()
@@ -83,7 +83,7 @@ async def test_by_name_a_queued_task_of_another_submitter_is_unknown(stage: Stag
     assert (await owner.answer(TaskResult)).state == {"status": "accepted", "cancel": "cancelled"}[family]
 
 
-async def test_by_name_ones_own_task_is_reached_and_by_the_plain_subject_every_task(stage: Stage) -> None:
+async def test_a_name_reaches_its_own_task_and_the_plain_subject_every_task(stage: Stage) -> None:
     await stage.phase("sense")
     subjects = stage.bus.subjects
     for count, tokens in enumerate((("ann",), ()), start=1):
@@ -221,8 +221,8 @@ async def test_a_dead_submission_ends_as_a_task_of_its_submitter(stage: Stage) -
 
 
 async def test_a_handle_of_a_name_uses_the_subjects_of_that_name(stage: Stage, ann: Bus) -> None:
-    heard = Heard()
-    await stage.bus.connection.subscribe(">", heard)
+    received = MessageRecorder()
+    await stage.bus.connection.subscribe(">", received)
     await stage.bus.requests.flush()
     await stage.phase("sense")
     task = ad()
@@ -231,10 +231,10 @@ async def test_a_handle_of_a_name_uses_the_subjects_of_that_name(stage: Stage, a
     await handle.status()
     await handle.record()
     await handle.cancel()
-    said = {msg.subject.removeprefix(f"{stage.namespace}.") for msg in heard.messages}
-    assert {f"from.ann.{family}.{task.task_id}" for family in ("status", "cancel")} <= said
-    assert f"intake.ann.normal.{task.task_id}" in said
-    assert not [subject for subject in said if subject.startswith(("status.", "cancel.", "submit"))]
+    subjects = {msg.subject.removeprefix(f"{stage.namespace}.") for msg in received.messages}
+    assert {f"from.ann.{family}.{task.task_id}" for family in ("status", "cancel")} <= subjects
+    assert f"intake.ann.normal.{task.task_id}" in subjects
+    assert not [subject for subject in subjects if subject.startswith(("status.", "cancel.", "submit"))]
     assert task_client.request_subject(ann, "submit") == f"{stage.namespace}.from.ann.submit"
     assert task_client.request_subject(stage.bus, "submit") == stage.bus.subjects.submit
 

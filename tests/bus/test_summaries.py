@@ -1,23 +1,29 @@
 """The summaries that ADAPT stores next to the profiles, for MATCH."""
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 from support.builders import reward
+from support.evidence import store_profile
 from support.phase_harness import Stage
 from support.rewards import publish
 from support.wait import until
 
 from loom.phases.adapt.summary_writer import KEPT_ATTEMPTS, agrees, summary_of
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import Undecodable, encode
-from loom.schemas.learning import DomainEvidence, NodeProfile, ProfileSummary, Score, summary_key
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.summary import ProfileSummary, summary_key
 
 KEY = summary_key("local.n1")
 
 
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def hurry(stage: Stage) -> None:
     """A replica checks a summary of another process after 50 ms."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.05)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.05))
 
 
 async def summarised(stage: Stage, last_seq: int) -> ProfileSummary:
@@ -102,3 +108,15 @@ def test_a_summary_is_small_however_full_the_window_is() -> None:
     assert len(summary.domains["code"].rewarded) == KEPT_ATTEMPTS + 1
     assert len(encode(summary)) < 600 < len(encode(profile)) / 10
     assert agrees(summary, profile)
+
+
+async def test_an_unreadable_summary_leaves_the_known_one(stage: Stage) -> None:
+    scores = (Score(attempt_id="t1:1", score=1.0, ended_at=1.0),)
+    evidence = DomainEvidence(scores=scores, count=1, mean=1.0)
+    await store_profile(stage.bus, NodeProfile(node_id="n1", last_seq=1, domains={"code": evidence}))
+    match: Any = await stage.phase("match")
+    garbage = b'{"node_id":"n1","last_seq":2,"domains":{"code":{"count":"many"}}}'
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('nodes')}.{KEY}", garbage)
+    await until(lambda: match.bus.discards.counts["value_undecodable"], what="the value is left out")
+    assert match.service._directory.profiles["n1"].last_seq == 1
+    assert match.service._directory.ranking.best("code", 1) == ("n1",)

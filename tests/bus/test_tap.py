@@ -1,4 +1,4 @@
-"""A tap on a real server: what it tells, and that nobody notices it."""
+"""A tap on a real server: the messages it delivers, and that it takes none from others."""
 
 import asyncio
 
@@ -52,7 +52,7 @@ async def test_messages_of_the_namespace_come_decoded_and_in_order(plain: Bus) -
     assert second.skipped == 0
 
 
-async def test_what_cannot_be_read_comes_as_bytes(plain: Bus, namespace: str) -> None:
+async def test_an_unreadable_body_comes_as_bytes(plain: Bus, namespace: str) -> None:
     async with Tap(plain) as tap:
         await plain.connection.publish(plain.subjects.of("result", "public", "t1"), b"\xff not a result")
         await plain.connection.publish(f"{namespace}.nothing.known", b"{}")
@@ -64,7 +64,7 @@ async def test_what_cannot_be_read_comes_as_bytes(plain: Bus, namespace: str) ->
     assert (status.family, status.message) == ("status", b"")
 
 
-async def test_only_the_families_asked_for_are_heard(plain: Bus) -> None:
+async def test_only_the_requested_families_are_delivered(plain: Bus) -> None:
     async with Tap(plain, ["delta", "result"]) as tap:
         await plain.connection.publish(plain.subjects.task("match", "high", "t1"), envelope("t1"))
         await plain.connection.publish(plain.subjects.of("result", "public", "t1"), b"?")
@@ -73,7 +73,7 @@ async def test_only_the_families_asked_for_are_heard(plain: Bus) -> None:
     assert seen.family == "result"
 
 
-async def test_another_namespace_is_not_heard(plain: Bus, connect: Connect, namespace: str) -> None:
+async def test_messages_of_another_namespace_are_not_delivered(plain: Bus, connect: Connect, namespace: str) -> None:
     neighbour = await connect(namespace=f"{namespace}2")
     async with Tap(plain) as tap:
         await neighbour.connection.publish(neighbour.subjects.of("result", "public", "theirs"), b"?")
@@ -84,7 +84,7 @@ async def test_another_namespace_is_not_heard(plain: Bus, connect: Connect, name
     assert seen.tokens["task_id"] == "ours"
 
 
-async def test_a_slow_reader_is_told_how_many_it_missed_and_goes_on(plain: Bus) -> None:
+async def test_a_slow_reader_gets_the_number_of_missed_messages_and_goes_on(plain: Bus) -> None:
     async with Tap(plain, room=2) as tap:
         for number in range(7):
             await plain.connection.publish(plain.subjects.of("result", "public", f"t{number}"), b"?")
@@ -125,13 +125,13 @@ async def test_a_tap_takes_no_message_from_a_queue_group(plain: Bus, connect: Co
     await server.requests.flush()
     async with Tap(plain), Tap(plain) as second:
         answers = [await server.requests.request(server.subjects.of("status", f"t{n}")) for n in range(10)]
-        heard = await take(second, 10)
+        received = await take(second, 10)
 
     assert [msg.data for msg in answers] == [b"yes"] * 10
-    assert len(answered) == len(heard) == 10
+    assert len(answered) == len(received) == 10
 
 
-async def test_a_closed_tap_ends_whoever_reads_it_after_what_it_had(plain: Bus) -> None:
+async def test_a_closed_tap_ends_its_readers_after_the_buffered_messages(plain: Bus) -> None:
     async with Tap(plain) as tap:
         await plain.connection.publish(plain.subjects.of("result", "public", "t1"), b"?")
         await until(lambda: len(tap._waiting) == 1, what="the message has come")

@@ -46,7 +46,7 @@ async def test_a_server_is_opened_once_for_all_runs_and_nodes_and_closed_with_th
     host = await stage.host([server.node("n1", life), server.node("n2", life)])
 
     for number, node_id in enumerate(("n1", "n1", "n2")):
-        result = (await (await run(stage, host, task_id=f"t{number}", node_id=node_id)).heard("result")).result
+        result = (await (await run(stage, host, task_id=f"t{number}", node_id=node_id)).event("result")).result
         assert result is not None
         assert (result.content, result.tool_errors) == ("read", 0)
     assert not server.left
@@ -67,6 +67,6 @@ async def test_a_server_that_cannot_be_reached_fails_the_run_and_not_the_next_on
     assert b"the file server cannot be opened: ConnectionRefusedError" in b"".join(watcher.bodies)
     assert b"10.0.0.1" not in b"".join(watcher.bodies)
 
-    result = (await (await run(stage, host, task_id="t2")).heard("result")).result
+    result = (await (await run(stage, host, task_id="t2")).event("result")).result
     assert result is not None
     assert result.content == "read"

@@ -1,4 +1,4 @@
-"""Streams, buckets and consumers: created once, by whoever comes first, and never quietly changed."""
+"""Streams, buckets and consumers: created once, by the process that comes first, and never changed without a report."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ async def config_of(bus: Bus, stream: str) -> dict[str, Any]:
 async def names(bus: Bus) -> set[str]:
     """The namespace's streams."""
     ns, found, total = bus.subjects.namespace, set[str](), 1
-    while len(found) < total:  # the server tells so many at a time
+    while len(found) < total:  # the server lists so many at a time
         page = await bus.jetstream.api("STREAM.NAMES", {"offset": len(found)})
         found |= set(page["streams"] or [])
         total = page["total"] if page["streams"] else 0
@@ -161,7 +161,7 @@ async def test_a_stream_of_before_that_allows_rollup_headers_is_changed_in_place
     await plain.jetstream.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
     await plain.jetstream.publish(subject_in(plain, name, "k1"), b"{}")
     seen = await topology.inspect(plain, ClusterConfig())
-    assert [(finding.mark, finding.says) for finding in design(seen, "x") if stream in finding.says] == [
+    assert [(finding.mark, finding.message) for finding in design(seen, "x") if stream in finding.message] == [
         ("warn", f"{stream}: allow_rollup_hdrs is True, designed False")
     ]
 
@@ -198,7 +198,7 @@ async def test_only_the_stream_with_schedules_allows_rollup_headers_as_the_serve
 # -- what is missing
 
 
-async def test_what_is_missing_is_restored_and_the_rest_is_left_as_it_is(bus: Bus) -> None:
+async def test_missing_streams_are_restored_and_the_others_left_as_they_are(bus: Bus) -> None:
     stream = bus.subjects.stream("TASKS")
     edited = {**topology.consumer(bus, topology.SCALE_LANE), "ack_wait": 5 * 10**9}
     call = f"CONSUMER.CREATE.{stream}.scale.{edited['filter_subject']}"
@@ -212,7 +212,7 @@ async def test_what_is_missing_is_restored_and_the_rest_is_left_as_it_is(bus: Bu
     assert (await config_of(bus, bus.subjects.stream("INTAKE")))["max_msgs"] == 100_000
 
 
-async def test_two_namespaces_live_beside_each_other(bus: Bus, connect: Connect) -> None:
+async def test_two_namespaces_live_on_one_server(bus: Bus, connect: Connect) -> None:
     other = await connect(namespace=f"{bus.subjects.namespace}-2")
     assert await topology.apply(other, ClusterConfig()) == []
     await bus.jetstream.publish(bus.subjects.task("match", "low", "t1"), envelope())
@@ -259,12 +259,12 @@ async def test_a_recent_server_is_taken(plain: Bus, monkeypatch: pytest.MonkeyPa
     assert await topology.apply(plain, ClusterConfig()) == []
 
 
-async def test_a_stream_the_server_refuses_is_said(plain: Bus) -> None:
+async def test_a_stream_the_server_refuses_is_reported(plain: Bus) -> None:
     with pytest.raises(BusUnavailable, match=r"cannot create stream \w+_INTAKE: .*; 3 replicas .* lower LOOM_REPLICAS"):
         await topology.apply(plain, ClusterConfig(replicas=3))  # there is one server only
 
 
-async def test_a_foreign_stream_in_the_way_is_said(plain: Bus) -> None:
+async def test_a_foreign_stream_in_the_way_is_reported(plain: Bus) -> None:
     ns = plain.subjects.namespace
     await plain.jetstream.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
     with pytest.raises(BusUnavailable, match=r"TASKS.*overlap"):

@@ -146,13 +146,13 @@ AGENTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("agent", "named"), AGENTS.values(), ids=AGENTS)
-async def test_whatever_leaves_an_agent_fails_its_run_alone(stage: Stage, agent: Any, named: str) -> None:
+async def test_any_exception_of_an_agent_fails_its_run_alone(stage: Stage, agent: Any, named: str) -> None:
     host = await stage.host([node(agent), node(patient, "n2")], slots=1)
     bystander = await run(stage, host, task_id="by", node_id="n2")
     with capture_logs() as logs:
         watcher = await run(stage, host)
-        error = (await watcher.heard("error")).error
-        assert (await bystander.heard("result")).result is not None
+        error = (await watcher.event("error")).error
+        assert (await bystander.event("result")).result is not None
         await until(lambda: not host._queues.get_or_create("n1").busy, what="its slot is free")
     assert error is not None
     assert (error.code, error.message) == ("agent_failed", f"the agent raised {named}")
@@ -162,7 +162,7 @@ async def test_whatever_leaves_an_agent_fails_its_run_alone(stage: Stage, agent:
 
 async def test_an_agent_that_cancels_its_own_run_has_failed(stage: Stage) -> None:
     host = await stage.host([node(cancels_itself)])
-    error = (await (await run(stage, host)).heard("error")).error
+    error = (await (await run(stage, host)).event("error")).error
     assert error is not None
     assert (error.code, error.message) == ("agent_failed", "the agent cancelled its own run")
 
@@ -170,22 +170,24 @@ async def test_an_agent_that_cancels_its_own_run_has_failed(stage: Stage) -> Non
 async def test_the_text_of_an_exception_is_in_the_log_without_secrets(stage: Stage) -> None:
     host = await stage.host([node(raising(RuntimeError(f"GET /x failed, Authorization: {CANARY}")))])
     with capture_logs() as logs:
-        await (await run(stage, host)).heard("error")
+        await (await run(stage, host)).event("error")
     (line,) = [line for line in logs if line["event"] == "agent_raised"]
     assert line["error"] == "RuntimeError: GET /x failed, Authorization: Bearer ***"
     assert (line["task_id"], line["node_id"], line["log_level"]) == ("t1", "n1", "warning")
     assert line["at"].startswith("test_user_code.py:")
 
 
-class Says:
+class FailsByEvent:
     async def stream(self, _job: RunRequest) -> AsyncIterator[Any]:
         yield ErrorEvent(error=f"the shop refused {CANARY}")
 
 
-@pytest.mark.parametrize("agent", [raising(AgentFailed(f"the shop refused {CANARY}")), Says()], ids=["raised", "event"])
+@pytest.mark.parametrize(
+    "agent", [raising(AgentFailed(f"the shop refused {CANARY}")), FailsByEvent()], ids=["raised", "event"]
+)
 async def test_a_message_meant_for_the_submitter_is_published_without_secrets(stage: Stage, agent: Any) -> None:
     host = await stage.host([node(agent)])
-    error = (await (await run(stage, host)).heard("error")).error
+    error = (await (await run(stage, host)).event("error")).error
     assert error is not None
     assert error.message == "the shop refused Bearer ***"
 
@@ -198,7 +200,7 @@ class Node(AgentNode):
 async def test_a_node_that_raises_when_it_is_asked_for_a_bid_does_not_end_its_host(stage: Stage) -> None:
     host = await stage.host([Node(id="n1", agent=patient)])
     assert (await offer_to(stage.bus, call_for_bids())).decline == "unqualified"
-    await (await run(stage, host)).heard("result")
+    await (await run(stage, host)).event("result")
 
 
 # -- models and tools
@@ -224,29 +226,29 @@ class Model:
 
     async def _pieces(self, params: CompletionParams) -> AsyncIterator[StreamChunk]:
         self._check("stream")
-        told = [message.content for message in params.messages if message.role == "tool"]
-        if told or not params.tools:
-            yield StreamChunk(text=told[0] if told else "answer", finish_reason="stop")
+        results = [message.content for message in params.messages if message.role == "tool"]
+        if results or not params.tools:
+            yield StreamChunk(text=results[0] if results else "answer", finish_reason="stop")
         else:
             yield StreamChunk(tool_calls=(ToolCall(id="1", name="work", arguments="{}"),), finish_reason="tool_calls")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(CANARY), GeneratorExit(), Poison(), RuntimeError(CANARY)])
 @pytest.mark.parametrize("where", ["complete", "call", "stream"])
-async def test_whatever_leaves_a_provider_fails_its_run_alone(stage: Stage, error: BaseException, where: str) -> None:
+async def test_any_exception_of_a_provider_fails_its_run_alone(stage: Stage, error: BaseException, where: str) -> None:
     agent = Agent(Model(where, error), AgentConfig(stream=where != "complete"))
     host = await stage.host([node(agent), node(patient, "n2")], slots=1)
     watcher = await run(stage, host)
-    failed = (await watcher.heard("error")).error
+    failed = (await watcher.event("error")).error
     assert failed is not None
     assert failed.message == f"the model could not answer: its provider raised {type(error).__name__}"
     assert b"canary" not in b"".join(watcher.bodies)
-    await (await run(stage, host, task_id="t2", node_id="n2")).heard("result")
+    await (await run(stage, host, task_id="t2", node_id="n2")).event("result")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(CANARY), GeneratorExit(), Poison(), ValueError(CANARY)])
 @pytest.mark.parametrize("threaded", [True, False])
-async def test_a_model_sees_what_a_tool_raised_and_the_bus_its_type(
+async def test_a_model_gets_the_message_of_a_tools_exception_and_the_bus_its_type(
     stage: Stage, error: BaseException, threaded: bool
 ) -> None:
     def work() -> str:
@@ -258,7 +260,7 @@ async def test_a_model_sees_what_a_tool_raised_and_the_bus_its_type(
     made = Tool(work) if threaded else Tool(work_async, name="work")
     host = await stage.host([node(Agent(Model(), tools=[made]))])
     watcher = await run(stage, host)
-    result = (await watcher.heard("result")).result
+    result = (await watcher.event("result")).result
     assert result is not None
     assert result.content.startswith(f"Error: {type(error).__name__}")  # the model repeats what it saw
     (ended,) = [event.event for event in watcher.events if isinstance(event.event, ToolCallEnd)]
@@ -303,7 +305,7 @@ async def test_a_run_sees_the_context_of_its_host_and_nothing_of_another_run(sta
     host = await stage.host([node(agent, f"n{n}") for n, agent in enumerate(agents)], slots=1)
     tenant.set("of a caller")
     watchers = [await run(stage, host, task_id=f"t{n}", node_id=f"n{n % 4}") for n in range(12)]
-    contents = [(await watcher.heard("result")).result for watcher in watchers]
+    contents = [(await watcher.event("result")).result for watcher in watchers]
     assert seen == ["of the program"] * 12
     assert [each and each.content for each in contents] == [f"t{n}" if n % 4 < 3 else "done" for n in range(12)]
     assert tenant.get() == "of a caller"
@@ -344,25 +346,25 @@ class EndlessEvents:
     [endless_text, endless_whitespace, endless_nothing, one_huge_piece, EndlessEvents()],
     ids=["text", "whitespace", "nothing", "one huge piece", "events"],
 )
-async def test_an_agent_whose_output_does_not_end_is_stopped_and_holds_up_nobody(
+async def test_an_agent_whose_output_does_not_end_is_stopped_and_delays_no_other(
     stage: Stage, agent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 400_000)
     monkeypatch.setattr("loom.agents.protocol.MAX_EVENTS", 10_000)
     host = await stage.host([node(agent), node(patient, "n2")])
     watcher = await run(stage, host)
-    await watcher.heard("started")
+    await watcher.event("started")
     longest = 0.0
     while not watcher.has("error"):
         before = time.monotonic()
         await asyncio.sleep(0)
         longest = max(longest, time.monotonic() - before)
-    error = (await watcher.heard("error")).error
+    error = (await watcher.event("error")).error
     assert error is not None
     assert error.code == "agent_failed"
     assert error.message.startswith("endless output: more than ")
     assert longest < 1
-    await (await run(stage, host, task_id="t2", node_id="n2")).heard("result")
+    await (await run(stage, host, task_id="t2", node_id="n2")).event("result")
 
 
 async def huge(description: str) -> str:
@@ -379,10 +381,10 @@ class HugeEnd:
 
 
 @pytest.mark.parametrize("agent", [huge, huge_in_a_thread, HugeEnd()], ids=["async", "thread", "stream"])
-async def test_a_text_of_100_mb_is_cut_and_hardly_looked_at(stage: Stage, agent: Any) -> None:
+async def test_a_text_of_100_mb_is_cut_without_being_scanned(stage: Stage, agent: Any) -> None:
     host: NodeHost = await stage.host([node(agent)])
     watcher = await run(stage, host)
-    result = (await watcher.heard("result")).result
+    result = (await watcher.event("result")).result
     assert result is not None
     assert result.truncated
     assert 30_000 < len(result.content) < 2**16
@@ -396,7 +398,7 @@ async def test_a_finite_long_text_is_streamed_and_cut(stage: Stage) -> None:
 
     host = await stage.host([node(long)])
     watcher = await run(stage, host)
-    result = (await watcher.heard("result")).result
+    result = (await watcher.event("result")).result
     assert result is not None
     assert result.truncated
     assert sum(len(e.event.text) for e in watcher.events if isinstance(e.event, TextDelta)) == 500_000

@@ -13,6 +13,7 @@ from support.runs import event_subject
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import HostAnnouncement
@@ -20,6 +21,7 @@ from loom.schemas.base import decode
 from loom.schemas.run import RunEvent, RunRequest, read_events
 
 WITHIN_S = 20
+TIMINGS = HostTimings(announce_s=0.1, heartbeat_s=0.1, watchdog_check_s=0.05, blocked_s=0.2, blocked_warning_s=0.4)
 
 
 class HostInAThread:
@@ -36,7 +38,7 @@ class HostInAThread:
     async def _serve(self) -> None:
         self._end, self._loop = asyncio.Event(), asyncio.get_running_loop()
         async with Bus(self._url, namespace=self._namespace, role="node") as bus:
-            self.host = NodeHost(bus, lambda: [node("n1", self._agent)])
+            self.host = NodeHost(bus, lambda: [node("n1", self._agent)], timings=TIMINGS)
             await self.host.start()
             self.started.set()
             await self._end.wait()
@@ -57,15 +59,6 @@ class HostInAThread:
 async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
     async with Bus(nats_url, namespace=namespace) as bus:
         yield bus
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.watchdog.CHECK_S", 0.05)
-    monkeypatch.setattr("loom.agents.host.watchdog.BLOCKED_S", 0.2)
-    monkeypatch.setattr("loom.agents.host.watchdog.WARN_S", 0.4)
 
 
 async def events_of(bus: Bus, host: NodeHost, **facts: Any) -> list[RunEvent]:
@@ -95,24 +88,24 @@ class Blocks:
 
 
 @pytest.mark.slow
-async def test_a_blocked_host_stays_alive_for_those_who_watch_it(bus: Bus, nats_url: str, namespace: str) -> None:
+async def test_a_blocked_host_stays_alive_for_its_watchers(bus: Bus, nats_url: str, namespace: str) -> None:
     agent = Blocks()
-    said: list[HostAnnouncement] = []
+    received: list[HostAnnouncement] = []
     await bus.connection.subscribe_sync(
-        bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement))
+        bus.subjects.of("host", "*", "*"), lambda msg: received.append(decode(msg.data, HostAnnouncement))
     )
     async with HostInAThread(nats_url, namespace, agent) as there:
         with capture_logs() as logs:
             events = await events_of(bus, there.host)
             await until(lambda: agent.begun, what="the agent blocks the loop")
-            before = len(said)
+            before = len(received)
             beats = sum(event.kind == "heartbeat" for event in events)
             await until(
                 lambda: sum(event.kind == "heartbeat" for event in events) >= beats + 5,
                 within_s=WITHIN_S,
                 what="heartbeats while the loop is blocked",
             )
-            await until(lambda: len(said) >= before + 3, within_s=WITHIN_S, what="announcements, too")
+            await until(lambda: len(received) >= before + 3, within_s=WITHIN_S, what="announcements, too")
             await until(
                 lambda: any(line["event"] == "event_loop_blocked" for line in logs),
                 within_s=WITHIN_S,
@@ -135,8 +128,8 @@ async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog
     bus: Bus, nats_url: str, namespace: str
 ) -> None:
     agent = Blocks()
-    said: list[Msg] = []
-    await bus.connection.subscribe_sync(bus.subjects.of("host", "*", "*"), said.append)
+    received: list[Msg] = []
+    await bus.connection.subscribe_sync(bus.subjects.of("host", "*", "*"), received.append)
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host, remaining_s=1.0)
         await until(lambda: agent.begun, what="the agent blocks the loop")
@@ -144,8 +137,8 @@ async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog
         await until(lambda: run.left_s == 0, within_s=WITHIN_S, what="the deadline")
         counts: list[int] = []
         for announcements in (2, 4):  # the same thread publishes them
-            wanted = len(said) + announcements
-            await until(lambda wanted=wanted: len(said) >= wanted, within_s=WITHIN_S, what="it goes on")  # type: ignore[misc]
+            wanted = len(received) + announcements
+            await until(lambda wanted=wanted: len(received) >= wanted, within_s=WITHIN_S, what="it goes on")  # type: ignore[misc]
             counts.append(len(events))
         assert counts[0] == counts[1] > 0
         agent.go_on.set()
@@ -156,9 +149,9 @@ async def test_the_runs_of_a_blocked_host_can_be_given_back_from_another_thread(
     bus: Bus, nats_url: str, namespace: str
 ) -> None:
     agent = Blocks()
-    said: list[HostAnnouncement] = []
+    received: list[HostAnnouncement] = []
     await bus.connection.subscribe_sync(
-        bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement))
+        bus.subjects.of("host", "*", "*"), lambda msg: received.append(decode(msg.data, HostAnnouncement))
     )
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host)
@@ -167,7 +160,7 @@ async def test_the_runs_of_a_blocked_host_can_be_given_back_from_another_thread(
         await until(lambda: events[-1].kind == "error", within_s=WITHIN_S, what="the run is given back")
         assert events[-1].error is not None
         assert events[-1].error.code == "node_busy"
-        assert any(each.draining for each in said)
+        assert any(each.draining for each in received)
         agent.go_on.set()
 
 

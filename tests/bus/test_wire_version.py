@@ -83,16 +83,16 @@ async def present(bus: Bus, metadata: dict[str, str], *names: str) -> ServiceEnd
     return presence
 
 
-@pytest.mark.parametrize(("version", "said"), [("2", "wire version 2"), ("", "no wire version")])
+@pytest.mark.parametrize(("version", "expected"), [("2", "wire version 2"), ("", "no wire version")])
 async def test_a_running_process_of_another_version_is_refused(
-    plain: Bus, connect: Connect, version: str, said: str
+    plain: Bus, connect: Connect, version: str, expected: str
 ) -> None:
     await present(await connect(role="match"), {"loom.wire": version})
     name = f"{plain.subjects.namespace}-match"
     with pytest.raises(WireMismatch) as refused:
         await check_processes(plain)
     assert refused.value.message == (
-        f"process {name} (i1) on somewhere has {said}, not 1: stop it and the others of its version, "
+        f"process {name} (i1) on somewhere has {expected}, not 1: stop it and the others of its version, "
         "or choose another LOOM_NAMESPACE"
     )
     phases = await connect(role="phases")
@@ -101,7 +101,7 @@ async def test_a_running_process_of_another_version_is_refused(
     assert await topology.missing_streams(plain, CONFIG) == list(topology.streams(plain, CONFIG))
 
 
-async def test_processes_of_the_same_version_and_of_other_namespaces_are_no_hindrance(
+async def test_processes_of_the_same_version_and_of_other_namespaces_do_not_prevent_a_start(
     plain: Bus, connect: Connect
 ) -> None:
     await present(await connect(role="phases"), {}, *PHASES)

@@ -6,12 +6,6 @@ from support.crash_process import QUICK, each_setting
 from loom.runner.server.nats_server import NatsServer
 
 
-@pytest.fixture(autouse=True)
-def hosts_gathered_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MATCH takes its first task sooner: the hosts of a test are few, and answer within a tenth of a second."""
-    monkeypatch.setattr("loom.phases.match.service.ANNOUNCE_WAIT_S", 0.1)
-
-
 @pytest.fixture
 def server() -> Iterator[NatsServer]:
     """A server of the test's own, to kill and restart."""

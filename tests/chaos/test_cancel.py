@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 from support.hanging_agents import HangingAgents
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
@@ -15,7 +16,7 @@ from loom.bus import task_client, topology
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, Cancelled, UnknownTask
 from loom.schemas.record import TaskRecord

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from support.command import Command, command, loom
 from support.nodes import node
+from support.services import running_phases
 from support.streams import create_streams
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
@@ -135,7 +136,7 @@ async def machines(folder: Path, url: str) -> AsyncIterator[Machines]:
     try:
         running = [await all_of_them.start(name, "phase", "run", name) for name in PHASES]
         running.append(await all_of_them.start("node", "host", "run", str(agents), "--slots", "8"))
-        await asyncio.gather(*(each.says(" on nats://") for each in running))
+        await asyncio.gather(*(each.wait_for_output(" on nats://") for each in running))
         yield all_of_them
     finally:
         await all_of_them.close()
@@ -144,12 +145,12 @@ async def machines(folder: Path, url: str) -> AsyncIterator[Machines]:
 async def clock_findings(folder: Path, url: str) -> list[str]:
     ended = await loom(folder, "doctor", "--json", NATS_URL=url)
     findings = [json.loads(line) for line in ended.out.splitlines()]
-    return [finding["says"] for finding in findings if finding["about"] == "clock" and finding["mark"] != "ok"]
+    return [finding["message"] for finding in findings if finding["about"] == "clock" and finding["mark"] != "ok"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_clock_step_of_one_machine_ends_no_task_and_moves_no_deadline(
+async def test_a_clock_step_on_one_machine_ends_no_task_and_moves_no_deadline(
     server: NatsServer, tmp_path: Path
 ) -> None:
     """The clock of each machine in turn jumps by an hour, and `loom doctor` reports which one."""
@@ -181,7 +182,7 @@ async def test_a_machine_that_starts_with_a_wrong_clock_works_before_and_after_a
         wrong = await all_of_them.start("wrong", "phase", "run", "execute")
         all_of_them.step("wrong", wrong_s)  # read before the interpreter has imported anything of ours
         host = await all_of_them.start("node", "host", "run", str(agents), "--slots", "8")
-        await asyncio.gather(*(each.says(" on nats://") for each in (rest, wrong, host)))
+        await asyncio.gather(*(each.wait_for_output(" on nats://") for each in (rest, wrong, host)))
         async with Bus(server.url) as bus:
             await works_as_ever(bus, "with the wrong clock")
             all_of_them.step("wrong", 0)

@@ -10,21 +10,22 @@ from typing import NamedTuple, Self
 import pytest
 from support.builders import ad
 from support.bus_helpers import back
-from support.crash_process import WITHIN_S, CrashProcess, phase
+from support.crash_process import SHORT_HEARTBEAT, WITHIN_S, CrashProcess, phase
 from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
 from support.phase_harness import Asker, Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
 from loom.bus import task_client, topology
 from loom.bus.records import records
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
@@ -98,7 +99,11 @@ class CrashScenario(Stage):
         await enter(running_phases(self.url, names=healthy, namespace=self.namespace))
         for name in ("a", "b"):  # two hosts: a second auction may well be won by the other
             hosted = [node(name, self._agent, code=0.9)]
-            self.hosts.append(await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace)))
+            self.hosts.append(
+                await enter(
+                    running_nodes(self.url, partial(list, hosted), namespace=self.namespace, timings=SHORT_HEARTBEAT)
+                )
+            )
         return self
 
     async def _agent(self, job: RunRequest) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.hanging_agents import HangingAgents
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.llm.agent import Agent
@@ -15,7 +16,7 @@ from loom.agents.llm.config import AgentConfig
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.task_client import TaskHandle
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.errors import DeadlineExceeded
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.task import TaskAd

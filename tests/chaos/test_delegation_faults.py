@@ -8,15 +8,16 @@ from functools import partial
 
 import pytest
 from support.builders import ad
-from support.crash_process import WITHIN_S, CrashProcess
+from support.crash_process import SHORT_HEARTBEAT, WITHIN_S, CrashProcess
 from support.delegation_crash_points import POINTS, execute
 from support.nodes import node
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom import delegate
 from loom.bus import task_client
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 
@@ -44,7 +45,9 @@ class CrashScenario(Stage):
         others = [name for name in PHASES if name != "execute"]
         await enter(running_phases(self.url, names=others, namespace=self.namespace))
         hosted = [node("a", self.agent, code=0.9)]
-        await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace, slots=1))
+        await enter(
+            running_nodes(self.url, partial(list, hosted), namespace=self.namespace, slots=1, timings=SHORT_HEARTBEAT)
+        )
         handle = await task_client.publish(self.bus, ad("whole", timeout_s=120))
         await child.wait_for("crashing")
         await enter(running_phases(self.url, names=["execute"], namespace=self.namespace))

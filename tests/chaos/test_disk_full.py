@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.nodes import echo, node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client, topology
@@ -19,7 +20,7 @@ from loom.bus.task_client import TaskHandle
 from loom.runner.doctor.diagnosis import examine
 from loom.runner.doctor.findings import Finding
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import Overloaded
 from loom.schemas.task import TaskAd

@@ -4,28 +4,34 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 from support.builders import ad
-from support.crash_process import QUICK, SHORT_SILENCE, WITHIN_S, CrashProcess, each_setting, host, phase
+from support.crash_process import QUICK, WITHIN_S, CrashProcess, each_setting, host, phase
 from support.nodes import node
 from support.phase_harness import Stage
+from support.services import QUICK_START, running_phases
 from support.wait import until
 
+from loom.agents.host.timings import HostTimings
 from loom.bus import task_client
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
-from loom.runner.services import running_phases
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.envelope import PHASES
 from loom.schemas.identity import LOCAL_OWNER, node_key
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
+
+TIMINGS = replace(QUICK_START, host=HostTimings(heartbeat_s=0.25), execute=ExecuteTimings(silence_s=2.0))
+"""Short heartbeats, and a silent host is lost after two seconds."""
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in each_setting({**QUICK, **SHORT_SILENCE}):
+    for module, name, value in each_setting(QUICK):
         monkeypatch.setattr(module, name, value)
 
 
@@ -100,8 +106,8 @@ async def lose_host(url: str, namespace: str, *, wakes: bool) -> None:
     other = HeldAgent()
     other.released.set()
     async with AsyncExitStack() as stack:
-        stage = await stack.enter_async_context(Stage(url, namespace))
-        await stack.enter_async_context(running_phases(url, namespace=namespace))
+        stage = await stack.enter_async_context(Stage(url, namespace, TIMINGS))
+        await stack.enter_async_context(running_phases(url, namespace=namespace, timings=TIMINGS))
         lost = await stack.enter_async_context(CrashProcess(host, url, namespace, "lost"))
         client = Client(stage)
         await client.submit()
@@ -146,8 +152,8 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
     agent = HeldAgent()
     others = [name for name in PHASES if name != "execute"]
     async with AsyncExitStack() as stack:
-        stage = await stack.enter_async_context(Stage(url, namespace))
-        await stack.enter_async_context(running_phases(url, names=others, namespace=namespace))
+        stage = await stack.enter_async_context(Stage(url, namespace, TIMINGS))
+        await stack.enter_async_context(running_phases(url, names=others, namespace=namespace, timings=TIMINGS))
         stopped = await stack.enter_async_context(CrashProcess(phase, url, namespace, "execute"))
         await stage.host([node("one", agent, code=0.9)])
         client = Client(stage)
@@ -156,7 +162,9 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
         stopped.pause()
         if wakes == "with the result in hand":
             agent.released.set()
-        replica = await stack.enter_async_context(running_phases(url, names=["execute"], namespace=namespace))
+        replica = await stack.enter_async_context(
+            running_phases(url, names=["execute"], namespace=namespace, timings=TIMINGS)
+        )
 
         async def taken_over() -> bool:
             return (await client.record()).claim.instance == replica.instance

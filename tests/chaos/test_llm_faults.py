@@ -11,6 +11,7 @@ import pytest
 from support.builders import ad
 from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, text_event
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.llm.agent import Agent
@@ -21,7 +22,9 @@ from loom.agents.tools import tool
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.compat.planner import TaskPlanner
-from loom.runner.services import running_nodes, running_phases
+from loom.phases.sense.timings import SenseTimings
+from loom.runner.services import running_nodes
+from loom.runner.timings import ServiceTimings
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile
 
@@ -322,10 +325,10 @@ NO_ESTIMATE: dict[str, Fault] = {
 async def test_sense_uses_a_heuristic_when_its_model_fails(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 2.0)
     monkeypatch.setattr("loom.phases.shared.circuit_breaker.MAX_FAILURES", 100)  # each fault is asked about
     models = Models(NO_ESTIMATE, by_number)
-    async with OpenAIServer(models.answer) as server, Stage(nats_url, namespace) as stage:
+    timings = ServiceTimings(sense=SenseTimings(estimate_within_s=2.0))
+    async with OpenAIServer(models.answer) as server, Stage(nats_url, namespace, timings) as stage:
         provider = await provider_for(server.base_url)
         await stage.phase("sense", llm=provider)
         for n in range(len(NO_ESTIMATE)):
@@ -346,13 +349,13 @@ async def test_sense_uses_a_heuristic_when_its_model_fails(
 
 
 @pytest.mark.slow
-async def test_a_task_stays_whole_when_the_model_fails_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.scale.planner.PLAN_WITHIN_S", 1.0)
+async def test_a_task_stays_whole_when_the_model_fails_the_planner() -> None:
     models = Models(NO_ESTIMATE, by_number)
     async with OpenAIServer(models.answer) as server, asyncio.timeout(WITHIN_S):
         provider = await provider_for(server.base_url)
         planner = TaskPlanner(provider)
-        plans = await asyncio.gather(*(planner.decompose(f"build {n}") for n in range(len(NO_ESTIMATE))))
+        tasks = [TaskAd(description=f"build {n}", timeout_s=1.0) for n in range(len(NO_ESTIMATE))]
+        plans = await asyncio.gather(*map(planner.decompose, tasks))
         await provider.aclose()
 
     assert [[part.description for part in parts] for parts in plans] == [

@@ -12,17 +12,19 @@ from msgspec.structs import replace
 from support.builders import awarded
 from support.nodes import echo, node
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep
 from loom.bus.bus import Bus
 from loom.bus.natsio.server_errors import Refused
 from loom.phases.scale import subtask_graph
-from loom.phases.sense import client_api
+from loom.phases.sense.timings import SenseTimings
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
+from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import PRIORITIES, TaskAd, TaskResult
 
@@ -146,14 +148,12 @@ async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus
 # -- tasks whose messages were lost
 
 
-@pytest.fixture(autouse=True)
-def soon_stranded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_api, "STRANDED_AFTER_S", 0.1)
+SOON_STRANDED = SenseTimings(stranded_after_s=0.1)
 
 
 @pytest.fixture
 async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
+    async with Stage(nats_url, namespace, ServiceTimings(sense=SOON_STRANDED)) as stage:
         yield stage
 
 
@@ -206,7 +206,7 @@ async def test_a_status_request_does_not_end_a_late_task_that_waits_for_a_phase(
     await stage.phase("evaluate")
     handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
-    await until(lambda: stage.bus.clock.now() > hop.deadline + client_api.STRANDED_AFTER_S, what="the task is late")
+    await until(lambda: stage.bus.clock.now() > hop.deadline + SOON_STRANDED.stranded_after_s, what="the task is late")
     for _ in range(2):
         await task_client.status(stage.bus, handle.task_id)
     assert stage.all("task", phase="evaluate") == []

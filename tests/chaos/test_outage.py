@@ -5,12 +5,13 @@ from contextlib import AsyncExitStack
 
 import pytest
 from support.nodes import Counting, node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.base import new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import Overloaded, UnknownTask

@@ -6,13 +6,14 @@ from contextlib import AsyncExitStack
 
 import pytest
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.phases.scale import subtask_graph
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed
 from loom.schemas.plan import SplitPlan

@@ -7,13 +7,14 @@ from contextlib import AsyncExitStack
 import pytest
 from msgspec.structs import replace
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import AgentFailed
 from loom.schemas.plan import SplitPlan, Subtask

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple, Self
 
 import pytest
 from support.builders import ad
-from support.crash_process import WITHIN_S, CrashProcess, phase
+from support.crash_process import SHORT_HEARTBEAT, WITHIN_S, CrashProcess, phase
 from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client, topology
 from loom.bus.records import records
 from loom.phases.scale.subtask_graph import child_id
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.plan import SplitPlan
@@ -76,7 +77,9 @@ class CrashScenario(Stage):
         await enter(running_phases(self.url, names=HEALTHY, namespace=self.namespace))
         for name in ("a", "b"):
             hosted = [node(name, self._agent, code=0.9)]
-            await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace))
+            await enter(
+                running_nodes(self.url, partial(list, hosted), namespace=self.namespace, timings=SHORT_HEARTBEAT)
+            )
         return self
 
     async def _agent(self, job: RunRequest) -> str:

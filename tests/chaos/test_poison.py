@@ -16,6 +16,7 @@ from support.loop_harness import messages, settled
 from support.nodes import echo, node
 from support.poison_process import MARK
 from support.raw_client import publish_raw, with_headers
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
@@ -25,7 +26,7 @@ from loom.bus.dead_letters.admin import Letter
 from loom.bus.hops.delivery import DEAD_AFTER
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.envelope import PHASES, Envelope, Hop, Phase

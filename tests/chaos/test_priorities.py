@@ -11,6 +11,7 @@ import pytest
 from support.auctions import offer
 from support.builders import ad, envelope
 from support.nodes import node
+from support.services import running_phases
 
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.runs import Run
@@ -19,7 +20,7 @@ from loom.bus import task_client, topology
 from loom.bus.bus import Bus
 from loom.phases.match.scoring import AllBusy, AuctionContext, AuctionResult, Awarded, award_hold_s, decide
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
 from loom.schemas.task import PRIORITIES, Priority, TaskAd

@@ -8,6 +8,7 @@ import pytest
 from support.invariants import check, learned_state
 from support.nats_cluster import NatsCluster, leader, nats_cluster
 from support.nodes import echo, node
+from support.services import running_phases
 from support.wait import until
 from support.workload import Workload
 
@@ -16,7 +17,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops import hop_loop
 from loom.runner.doctor.diagnosis import examine
 from loom.runner.doctor.findings import Finding
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -134,7 +135,7 @@ async def test_doctor_names_the_server_that_is_down_and_a_lost_quorum(cluster: N
     )
 
     async def warned() -> bool:
-        return any(each.mark == "warn" and each.says.startswith(f"{first} is down") for each in await _found(client))
+        return any(each.mark == "warn" and each.message.startswith(f"{first} is down") for each in await _found(client))
 
     cluster.kill(first)
     await until(warned, within_s=40, what="the server that is down is named")

@@ -11,6 +11,7 @@ import pytest
 from support.bus_helpers import alive
 from support.command import LOOM, Command, command
 from support.nodes import node
+from support.services import running_phases
 from support.streams import create_streams
 from support.wait import until
 
@@ -18,7 +19,7 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.task_client import TaskHandle
 from loom.runner.server.nats_server import NatsServer, find_server
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -80,7 +81,7 @@ async def test_another_process_finishes_the_work_of_a_stopped_process(
         running_nodes(nats_url, lambda: [node("other", agent)], namespace=namespace),
         Bus(nats_url, namespace=namespace) as bus,
     ):
-        await asyncio.gather(first.says("execute on nats"), host.says("sleeper on nats"))
+        await asyncio.gather(first.wait_for_output("execute on nats"), host.wait_for_output("sleeper on nats"))
         moved, kept = await publish(bus), await publish(bus, node_id="other")  # the sleeper claims more
 
         async def runs() -> bool:
@@ -89,7 +90,7 @@ async def test_another_process_finishes_the_work_of_a_stopped_process(
 
         await until(runs, within_s=WITHIN_S, what="one runs on each host")
         async with start("phase", "run", "execute") as second:
-            await second.says("execute on nats")
+            await second.wait_for_output("execute on nats")
             ended = await asyncio.gather(first.end(signal.SIGTERM), host.end(signal.SIGTERM))
             await until(lambda: len(agent.begun) == 2, within_s=WITHIN_S, what="the moved task runs on the other host")
             agent.go_on.set()
@@ -173,7 +174,7 @@ async def test_every_service_that_the_server_rejects_exits_for_a_restart(
             await start("tap"),
         ]
         said = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")
-        await asyncio.gather(*(each.says(text) for each, text in zip(services, said, strict=True)))
+        await asyncio.gather(*(each.wait_for_output(text) for each, text in zip(services, said, strict=True)))
 
         conf.write_text(conf.read_text().replace("secret", "changed"))
         server.send_signal(signal.SIGHUP)  # reads its configuration again, and hangs up on who may not be here

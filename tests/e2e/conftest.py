@@ -8,12 +8,6 @@ from support.openai_server import OpenAIServer
 from loom import AgentConfig, OpenAIProvider
 
 
-@pytest.fixture(autouse=True)
-def hosts_gathered_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MATCH takes its first task sooner: the hosts of a test are few, and answer within a tenth of a second."""
-    monkeypatch.setattr("loom.phases.match.service.ANNOUNCE_WAIT_S", 0.1)
-
-
 @pytest.fixture
 def model() -> Iterator[OpenAIServer]:
     """A well-behaved model behind the OpenAI protocol, in a thread of its own."""

@@ -19,11 +19,12 @@ from support.command import command
 from support.configured import configured_server
 from support.javascript import javascript_folder
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom import Runtime
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunRequest
@@ -163,7 +164,7 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
     assert (await ann.ask("loom.cancel.t1"))["state"] == "cancelled"
 
 
-async def test_a_reply_subject_from_an_account_is_no_command_in_the_cluster(clients: Clients) -> None:
+async def test_a_reply_subject_from_an_account_is_not_a_command_in_the_cluster(clients: Clients) -> None:
     ann, other, operator = clients
     assert (
         await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "for ever", "wait": False})
@@ -273,7 +274,7 @@ async def test_an_example_client_reads_the_address_from_the_environment_and_canc
     address: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     async with command(tmp_path, *words, "for ever", NATS_URL=url_of("TEAM_B", address)) as client:
-        await client.says("done: ")
+        await client.wait_for_output("done: ")
         ended = await client.end(signal.SIGINT)
     assert ended.code == 1, ended.err
     result = json.loads(ended.out.splitlines()[-1])

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from support.nodes import echo, fail, node
 from support.openai_server import OpenAIServer, Reply
+from support.services import running_phases
 from support.wait import until
 
 from loom import (
@@ -27,7 +28,6 @@ from loom import (
 from loom.bus.bus import Bus
 from loom.bus.queries import recent_records
 from loom.compat.planner import TaskPlanner
-from loom.runner.services import running_phases
 from loom.schemas.errors import InvalidTask
 from loom.schemas.llm import AssistantMessage
 from loom.schemas.run import RunRequest
@@ -148,7 +148,7 @@ PLAN = {
 RUN = (("begun", None), ("ended", "coder"))
 
 
-async def test_the_parts_of_a_divided_task_are_told_as_they_begin_and_end(
+async def test_the_parts_of_a_divided_task_are_reported_at_start_and_end(
     on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     """The model of the phases says the task is hard, and how to divide it."""
@@ -246,7 +246,7 @@ async def test_a_conversation_that_is_broken_off_within_an_open_loop_leaves_it_u
         assert (await events_of(loop, "sum"))[-1].content == "done: sum"  # type: ignore[union-attr]
 
 
-async def test_each_phase_is_reported_with_what_it_decided(
+async def test_each_phase_is_reported_with_its_decision(
     on_bus: tuple[str, str], phases: Bus, provider: OpenAIProvider
 ) -> None:
     expert, novice = node("expert", echo, code=0.9), node("novice", echo, code=0.2)
@@ -287,7 +287,7 @@ async def test_an_attempt_that_failed_is_reported_with_its_node_and_its_error(
 
 
 @pytest.mark.slow
-async def test_a_task_that_nobody_takes_reports_the_phases_it_passed(phases: Bus, provider: OpenAIProvider) -> None:
+async def test_a_task_without_bids_reports_the_phases_it_passed(phases: Bus, provider: OpenAIProvider) -> None:
     loop = loop_over(provider)
     context = LoopContext(messages=[UserMessage("sort")], domain="code", timeout_s=1)
     events = [event async for event in loop.execute(context)]

@@ -83,7 +83,9 @@ async def test_without_waiting_submit_answers_accepted_and_status_has_the_result
     assert record["envelope"]["award"]["bids"][0]["node_id"] == "coder"
 
 
-async def test_everything_a_task_does_can_be_heard(raw: Client, namespace: str, nodes: list[AgentNode]) -> None:
+async def test_every_message_of_a_task_can_be_subscribed_to(
+    raw: Client, namespace: str, nodes: list[AgentNode]
+) -> None:
     heard: list[Msg] = []
 
     async def hear(msg: Msg) -> None:

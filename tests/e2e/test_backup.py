@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.in_process import Loom, is_refused
 from support.nodes import echo, node
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
@@ -19,7 +20,7 @@ from loom.bus.wire_version import WIRE, WireMismatch
 from loom.runner.backup import cluster_backup
 from loom.runner.backup.cluster_backup import InvalidBackup, StreamsExist, backup, read_manifest, restore
 from loom.runner.server.nats_server import embedded_server
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.record import TaskRecord

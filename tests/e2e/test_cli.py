@@ -146,7 +146,9 @@ async def test_run_uses_the_cluster_of_nats_url_and_pipes_its_results(
 
 
 @pytest.mark.slow
-async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[str, str]) -> None:
+async def test_run_without_phases_names_the_missing_phases_and_the_remedy(
+    start: Start, on_bus: tuple[str, str]
+) -> None:
     ended = await loom(start, "run", "tasks.jsonl", "--agents", "agents.py")
 
     assert (ended.code, ended.err) == (3, 'bus_unavailable: no phases answer; run "loom up"\n')
@@ -154,14 +156,14 @@ async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path, by: signal.Signals) -> None:
+async def test_an_interrupted_run_keeps_its_results(start: Start, tmp_path: Path, by: signal.Signals) -> None:
     (tmp_path / "agents.py").write_text(
         AGENTS + "import asyncio\nnodes[2].agent = lambda description: asyncio.sleep(600)"
     )
     run = await start("run", "tasks.jsonl", "--agents", "agents.py")
-    await run.says("two  succeeded")
-    await run.says("one  succeeded")
-    await run.says("three  execute")
+    await run.wait_for_output("two  succeeded")
+    await run.wait_for_output("one  succeeded")
+    await run.wait_for_output("three  execute")
 
     ended = await run.end(by)
 
@@ -200,12 +202,12 @@ async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path:
 @pytest.mark.slow
 async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, tmp_path: Path) -> None:
     up = await start("up", "--port", "0", LOOM_STORE=str(tmp_path / "store"))
-    url = re.findall(r"nats://\S+:\d+", (await up.says("loom is up on")).err)[0]
+    url = re.findall(r"nats://\S+:\d+", (await up.wait_for_output("loom is up on")).err)[0]
     where = {"NATS_URL": url}
     tap, tap_json = await start("tap", **where), await start("tap", "--json", **where)
     node = await start("host", "run", "agents.py", "--slots", "2", **where)
-    await node.says("shouter, speller, broken on nats://")
-    await asyncio.gather(tap.says("listening on nats"), tap_json.says("listening on nats"))
+    await node.wait_for_output("shouter, speller, broken on nats://")
+    await asyncio.gather(tap.wait_for_output("listening on nats"), tap_json.wait_for_output("listening on nats"))
 
     said, told, failed = await asyncio.gather(
         loom(start, "submit", "hello", "--domain", "loud", "--priority", "high", **where),
@@ -218,10 +220,10 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
     assert (failed.code, failed.out) == (1, "")
     assert failed.err == "agent_failed: the agent raised ValueError\n"
     for last in ("succeeded on shouter", "failed, agent_failed"):
-        traffic = (await tap.says(last)).out
+        traffic = (await tap.wait_for_output(last)).out
     for kind in ("intake", "task match", "auction", "task execute", "run", "delta", "task evaluate", "reward"):
         assert f" {kind} " in traffic
-    await tap_json.says(f"loom.result.public.{json.loads(told.out)['task_id']}")
+    await tap_json.wait_for_output(f"loom.result.public.{json.loads(told.out)['task_id']}")
     watched = [json.loads(line) for line in tap_json.out.splitlines()]
     assert {"shouter", "speller"} <= {each["tokens"]["node_id"] for each in watched if each["family"] == "reward"}
     assert (await tap.end(signal.SIGINT)).code == 130
@@ -234,7 +236,7 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
 
 
 @pytest.mark.slow
-async def test_up_says_so_when_its_port_is_taken(start: Start) -> None:
+async def test_up_reports_a_taken_port(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = await loom(start, "up", "--port", str(port))
@@ -250,13 +252,13 @@ async def test_a_phase_waits_for_its_server_and_for_its_streams(start: Start, na
         port = probe.getsockname()[1]
     url = f"nats://127.0.0.1:{port}"
     phase = await start("phase", "run", "match", "sense", NATS_URL=url, LOOM_NAMESPACE=namespace)
-    await phase.says("connecting")
+    await phase.wait_for_output("connecting")
     server = NatsServer(port=port)
     server.start()
     try:
-        await phase.says("run `loom init`")
+        await phase.wait_for_output("run `loom init`")
         assert (await loom(start, "init", NATS_URL=url, LOOM_NAMESPACE=namespace)).code == 0
-        await phase.says("sense, match on nats")
+        await phase.wait_for_output("sense, match on nats")
         assert phase.out == ""  # where logs are collected, every line is of one form
         lines = [json.loads(line) for line in phase.err.splitlines()]
         assert [line["message"] for line in lines if line["event"] == "ready"] == [f"sense, match on {url}"]
@@ -336,7 +338,7 @@ async def test_an_interrupted_submit_cancels_its_task(
 
 
 @pytest.mark.slow
-async def test_without_waiting_the_id_is_all_there_is(start: Start, phases: Bus, client: Bus) -> None:
+async def test_submit_without_wait_prints_the_id_alone(start: Start, phases: Bus, client: Bus) -> None:
     ended = await loom(start, "submit", "x", "--no-wait", "--label", "tenant=a=b", "--label", "user=")
 
     assert ended.code == 0

@@ -98,7 +98,7 @@ def test_a_letter_of_json_is_shown_with_its_trail_and_its_fields(here: Cluster, 
     assert (whole["trail"], whole["task_id"]) == ("sense match", "t3")
 
 
-def test_what_is_no_json_is_shown_escaped_and_what_is_large_is_cut(here: Cluster, loom: Loom) -> None:
+def test_letters_that_are_not_json_are_escaped_and_large_ones_are_cut(here: Cluster, loom: Loom) -> None:
     out = loom("dead show 1").out
     assert out.endswith("\n\\xff\\x00\\x1b[31m数据\\u202e\\n{\n")
     assert re.search(r"^trail +sense$", out, re.MULTILINE)
@@ -170,7 +170,9 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
         ("dead bury 1", 2, "bad_usage: No such command 'bury'"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
+def test_an_impossible_command_is_refused_in_one_line(
+    line: str, code: int, said: str, here: Cluster, loom: Loom
+) -> None:
     is_refused(loom, line, code, said)
 
 
@@ -190,12 +192,14 @@ def test_doctor_counts_letters_until_they_are_dropped(
         assert loom("dead rm 1") == (0, "letter 1 removed\n", "")
         assert loom("dead ls").out == "no dead letters\n"
 
-    assert (finding.about, finding.says) == ("dead letters", "1 wait")
+    assert (finding.about, finding.message) == ("dead letters", "1 wait")
     assert "loom dead ls" in finding.todo
     assert "\x1b" not in shown.out + shown.err
 
 
-def test_without_phases_or_a_server_each_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_command_reports_missing_phases_or_a_missing_server(
+    here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
     for line in ("dead ls", "dead show 1", "dead retry 1", "dead rm 1"):
         ended = loom(line)
@@ -203,7 +207,7 @@ def test_without_phases_or_a_server_each_says_so(here: Cluster, loom: Loom, monk
         assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
 
 
-def test_dead_alone_says_what_there_is(loom: Loom) -> None:
+def test_dead_without_a_command_lists_its_commands(loom: Loom) -> None:
     ended = loom("dead")
     assert ended.code == 0
     assert all(word in ended.out for word in ("ls", "show", "retry", "rm"))

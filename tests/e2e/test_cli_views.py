@@ -24,7 +24,8 @@ from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.plan import SplitPlan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
@@ -97,7 +98,7 @@ def test_every_view_fits_its_width_and_steers_no_terminal(
             assert max(map(len, ended.out.splitlines())) <= columns, line
 
 
-def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None:
+def test_a_task_is_shown_from_submission_to_result(here: Cluster, loom: Loom) -> None:
     out = loom("task show t1").out
 
     assert re.match(r"t1  succeeded after \d", out)
@@ -119,7 +120,7 @@ def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None
     assert "judged 1.00)\ndone: hello" in out
 
 
-def test_a_running_task_is_told_as_far_as_it_is(here: Cluster, loom: Loom) -> None:
+def test_a_running_task_is_shown_up_to_its_current_phase(here: Cluster, loom: Loom) -> None:
     out = loom("task show going").out
 
     assert re.match(r"going  running for .*, in execute on slow, \d+ s left", out)
@@ -136,7 +137,7 @@ def test_a_record_is_printed_whole_and_found_by_its_first_digits(here: Cluster, 
     assert [hop.phase for hop in running.envelope.hops] == ["sense", "match", "scale"]
 
 
-def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom) -> None:
+def test_tasks_are_listed_newest_first_and_filtered_by_their_facts(here: Cluster, loom: Loom) -> None:
     def listed(options: str) -> list[str]:
         return [
             decode(line.encode(), TaskRecord).task_id for line in loom(f"task ls --json {options}").out.splitlines()
@@ -212,7 +213,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     assert "subtasks done" not in undivided
 
 
-def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
+def test_nodes_are_shown_with_their_evidence(here: Cluster, loom: Loom) -> None:
     out, loud = loom("node ls").out, loom("node ls --domain loud").out
     alive = {one["node_id"]: one for one in map(json.loads, loom("node ls --json").out.splitlines())}
     host = decode(loom("host ls --json").out.encode(), AnnouncedHost)
@@ -231,7 +232,7 @@ def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
     assert host.node_ids == ("bad", "good", "slow")
 
 
-def test_a_person_judges_and_the_reward_is_seen(here: Cluster, loom: Loom) -> None:
+def test_the_reward_of_a_person_is_listed(here: Cluster, loom: Loom) -> None:
     assert loom(f"reward add {HEX} 0.4 --reason dull").out == "0.40 for good in loud\n"
 
     last = decode(loom("reward ls --node good --domain loud --limit 1 --json").out.encode(), Reward)
@@ -241,7 +242,7 @@ def test_a_person_judges_and_the_reward_is_seen(here: Cluster, loom: Loom) -> No
     assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task show {HEX}").out)
 
 
-def test_a_rebuild_finds_what_is_stored_and_repairs_what_is_not(here: Cluster, loom: Loom) -> None:
+def test_a_rebuild_confirms_correct_profiles_and_repairs_wrong_ones(here: Cluster, loom: Loom) -> None:
     ended = loom("reward rebuild")
     assert ended.code == 0
     assert re.search(r"bad +1 0\.00 +1 0\.00 +\d+ +as stored +\n", ended.out)
@@ -274,19 +275,19 @@ def test_a_task_is_cancelled_once(here: Cluster, loom: Loom) -> None:
 
 
 @pytest.mark.slow
-async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here: Cluster, tmp_path: Path) -> None:
+async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Cluster, tmp_path: Path) -> None:
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
     async with (
         command(tmp_path, *LOOM, "tap", "--since", "1h", "--node", "good", **where) as tap,
         command(tmp_path, *LOOM, "reward", "ls", "--follow", "--limit", "1", "--json", **where) as rewards,
     ):
-        await tap.says("for t1, by rules")
-        await rewards.says("reward_id")
+        await tap.wait_for_output("for t1, by rules")
+        await rewards.wait_for_output("reward_id")
         ad = TaskAd(task_id="t9", description="x", domain="quiet", node_id="good")
         handle = await asyncio.to_thread(here.do, task_client.publish(here.bus, ad))
-        await tap.says("for t9, by rules")
-        await tap.says(f"{'result':<16} t9 ")
-        await rewards.says('"task_id":"t9"')
+        await tap.wait_for_output("for t9, by rules")
+        await tap.wait_for_output(f"{'result':<16} t9 ")
+        await rewards.wait_for_output('"task_id":"t9"')
         ended = await tap.end(signal.SIGINT)
         assert (await rewards.end(signal.SIGINT)).code == 130
     await asyncio.to_thread(here.do, handle.close())
@@ -316,7 +317,9 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
         ("reward ls --node a.b.c", 2, "invalid_task: owner must match"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
+def test_an_impossible_command_is_refused_in_one_line(
+    line: str, code: int, said: str, here: Cluster, loom: Loom
+) -> None:
     is_refused(loom, line, code, said)
 
 
@@ -332,7 +335,9 @@ COMMANDS = (
 )
 
 
-def test_without_phases_ever_every_command_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_reports_that_no_phases_have_run(
+    here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
     for line in COMMANDS:
         ended = loom(line)
@@ -341,7 +346,7 @@ def test_without_phases_ever_every_command_says_so(here: Cluster, loom: Loom, mo
 
 
 @pytest.mark.slow
-def test_without_a_server_every_command_says_so(loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_reports_a_missing_server(loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.runner.cli.common.PATIENCE_S", 0.1)
     monkeypatch.setattr("loom.runner.cli.commands.tap.PATIENCE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -353,7 +358,7 @@ def test_without_a_server_every_command_says_so(loom: Loom, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_an_empty_cluster_is_told_in_a_sentence(
+def test_an_empty_cluster_is_described_in_one_sentence(
     nats_url: str, namespace: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NATS_URL", nats_url)
@@ -402,11 +407,11 @@ async def _is_known(cluster: Cluster, task_id: str) -> bool:
 async def test_a_task_list_follows_changes(here: Cluster, tmp_path: Path) -> None:
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
     async with command(tmp_path, *LOOM, "task", "ls", "--follow", "--text", "followed", **where) as tasks:
-        await tasks.says("no such task")
+        await tasks.wait_for_output("no such task")
         for task_id in ("followed-1", "unseen"):
             ad = TaskAd(task_id=task_id, description="x", domain="quiet", node_id="good")
             await asyncio.to_thread(here.do, _publish(here, ad))
-        await tasks.says("succeeded")
+        await tasks.wait_for_output("succeeded")
         ended = await tasks.end(signal.SIGINT)
 
     assert ended.code == 130
@@ -424,7 +429,7 @@ def test_a_node_is_shown_with_a_row_for_each_domain(here: Cluster, loom: Loom) -
 
 
 @pytest.mark.slow
-async def test_a_stopping_host_says_at_once_what_it_has_in_hand(here: Cluster, tmp_path: Path) -> None:
+async def test_a_stopping_host_reports_its_running_tasks_at_once(here: Cluster, tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(
         "import asyncio\n"
         "from loom.types import AgentNode, CapabilityProfile\n"
@@ -433,7 +438,7 @@ async def test_a_stopping_host_says_at_once_what_it_has_in_hand(here: Cluster, t
     )
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace, "LOOM_DRAIN_TIMEOUT_S": "1"}
     async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "endless.py"), **where) as host:
-        await host.says("endless on nats")
+        await host.wait_for_output("endless on nats")
         ad = TaskAd(task_id="long", description="x", domain="t", node_id="endless")
         await asyncio.to_thread(here.do, _publish(here, ad))
         await asyncio.to_thread(here.do, until(lambda: _runs(here, "long"), what="the run has begun"))

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from support.compose import ROOT, WITHIN_S, docker, started, within
+from support.services import running_phases
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import find_server
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult

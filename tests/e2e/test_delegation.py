@@ -4,21 +4,25 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 from support.nodes import node
 from support.openai_server import OpenAIServer, Reply
+from support.services import QUICK_START, running_phases
 from support.wait import until
 
 from loom import Agent, OpenAIProvider, delegate, tool
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.runner.services import running_nodes, running_phases
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
@@ -36,10 +40,11 @@ class DelegatingCluster:
         self.url, self.namespace = on_bus
         self.stack = stack
         self.hosts: list[NodeHost] = []
+        self.timings = QUICK_START
 
     async def open(self, agents: dict[str, Any], config: ClusterConfig | None = None) -> "DelegatingCluster":
         enter = self.stack.enter_async_context
-        await enter(running_phases(self.url, namespace=self.namespace, config=config))
+        await enter(running_phases(self.url, namespace=self.namespace, config=config, timings=self.timings))
         for name, agent in agents.items():
             await self.host(name, agent)
         self.bus = await enter(Bus(self.url, namespace=self.namespace))
@@ -48,7 +53,7 @@ class DelegatingCluster:
     async def host(self, name: str, agent: Any) -> NodeHost:
         nodes = partial(list, [node(name, agent, code=0.9)])
         host = await self.stack.enter_async_context(
-            running_nodes(self.url, nodes, namespace=self.namespace, slots=1, drain_timeout_s=0)
+            running_nodes(self.url, nodes, namespace=self.namespace, slots=1, drain_timeout_s=0, timings=self.timings)
         )
         self.hosts.append(host)
         return host
@@ -100,7 +105,7 @@ async def deeper(job: RunRequest) -> str:
 
 
 @pytest.mark.parametrize("limits", [None, Limits(max_depth=1)])
-async def test_a_chain_deeper_than_the_limit_ends_with_an_error_that_says_so(
+async def test_a_chain_deeper_than_the_limit_ends_with_an_error_that_names_the_limit(
     cluster: DelegatingCluster, limits: Limits | None
 ) -> None:
     await cluster.open({"a": deeper, "b": deeper})
@@ -200,7 +205,7 @@ class Sleepers:
         return "slept"
 
 
-async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(cluster: DelegatingCluster) -> None:
+async def test_cancelling_a_waiting_parent_cancels_its_delegated_tasks(cluster: DelegatingCluster) -> None:
     agent = Sleepers()
     await cluster.open({"a": agent, "b": agent})
     handle = await cluster.submit("all")
@@ -222,10 +227,9 @@ async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(clus
 
 @pytest.mark.slow
 async def test_a_host_lost_while_its_run_waits_is_replaced_and_its_part_cancelled(
-    cluster: DelegatingCluster, monkeypatch: pytest.MonkeyPatch
+    cluster: DelegatingCluster,
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.25)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 2.0)
+    cluster.timings = replace(QUICK_START, host=HostTimings(heartbeat_s=0.25), execute=ExecuteTimings(silence_s=2.0))
     agent = Sleepers()
     await cluster.open({"a": agent})
     handle = await cluster.submit("all")

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from support.builders import ad, envelope, reward
 from support.command import command, loom
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import topology
@@ -33,7 +34,7 @@ from loom.phases.scale import Scale
 from loom.runner.doctor.diagnosis import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.doctor.findings import Finding
 from loom.runner.server.nats_server import find_server
-from loom.runner.services import PhaseGroup, running_nodes, running_phases
+from loom.runner.services import PhaseGroup, running_nodes
 from loom.schemas.auction import AnnouncedNode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
@@ -51,7 +52,7 @@ def troubles(findings: list[Finding]) -> dict[str, str]:
     wrong = [finding for finding in findings if finding.mark != "ok"]
     assert all(finding.todo for finding in wrong)
     assert not any(finding.todo for finding in findings if finding.mark == "ok")
-    return {finding.about: f"{finding.mark}: {finding.says}" for finding in wrong}
+    return {finding.about: f"{finding.mark}: {finding.message}" for finding in wrong}
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
 
 
 @pytest.mark.slow
-async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where, client: Bus, tmp_path: Path) -> None:
+async def test_each_problem_is_a_line_with_advice(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     url, namespace = on_bus
     s = client.subjects
     async with running_phases(url, names=("sense", "match"), namespace=namespace):
@@ -115,7 +116,7 @@ async def test_a_setting_that_differs_between_phases_is_named_with_its_values(on
 
     ids = {each.process.split(" ")[0].removeprefix(f"{namespace}-"): each.process for each in shared}
     both = f"{ids['match']} {ids['sense']}"
-    assert [(finding.mark, finding.says, finding.todo) for finding in found] == [
+    assert [(finding.mark, finding.message, finding.todo) for finding in found] == [
         (
             "warn",
             f'judge_weights is {{"judge":2.0}} in {ids["execute"]}, {{}} in {both}',
@@ -146,14 +147,14 @@ async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Wh
         found = [finding for finding in await examine(client, ClusterConfig()) if finding.about == "wire"]
         await presence.stop()
 
-    assert [(finding.mark, finding.says) for finding in found] == [
+    assert [(finding.mark, finding.message) for finding in found] == [
         ("fail", f"{stream} has no wire version, this is 1"),
         ("fail", f"{on_bus[1]}-match (i1) has wire version 2, this is 1"),
     ]
 
 
 @pytest.mark.slow
-async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
+async def test_an_empty_server_is_reported_as_never_used(client: Bus) -> None:
     found = troubles(await examine(client, ClusterConfig()))
 
     assert found["streams"] == f"fail: none in namespace {client.subjects.namespace}"
@@ -163,7 +164,7 @@ async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
 
 def test_replicas_of_other_versions_and_strange_clocks_are_noticed() -> None:
     assert clock(0.4).mark == "ok"
-    assert clock(-3.0).says == "3.00 s ahead of the server's"
+    assert clock(-3.0).message == "3.00 s ahead of the server's"
     assert clock(3.0).mark == "warn"
     found = troubles(list(phases([_present("match", "0.0.1"), _present("match", "0.0.2")])))
     assert found["phase match"].startswith("warn: versions 0.0.1, 0.0.2 answer")
@@ -197,7 +198,7 @@ async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus:
         match.clock._offset_s += 3600
         host.bus.clock._offset_s -= 5
         await client.sync_clock()
-        found = [finding.says for finding in await examine(client, ClusterConfig()) if finding.about == "clock"]
+        found = [finding.message for finding in await examine(client, ClusterConfig()) if finding.about == "clock"]
 
     plain = [re.sub(r"\(.*\) on \S+", "", says) for says in found[1:]]
     assert [re.sub(r"\d+\.\d\d", lambda number: f"{float(number[0]):.0f}", says) for says in plain] == [
@@ -271,10 +272,10 @@ async def test_an_old_server_is_to_be_upgraded(nats_url: str, tmp_path: Path) ->
     )
 
 
-async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, tmp_path: Path) -> None:
+async def test_a_server_without_jetstream_is_reported_with_the_remedy(nats_url: str, tmp_path: Path) -> None:
     words = (find_server()[0], "-a", "127.0.0.1", "-p", "-1")
     async with command(tmp_path, *words) as server:
-        await server.says("Server is ready")
+        await server.wait_for_output("Server is ready")
         address = re.findall(r"client connections on (\S+)", server.err)[0]
         async with Bus(f"nats://{address}") as bus:
             found = troubles(await examine(bus, ClusterConfig()))
@@ -285,7 +286,7 @@ async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, t
 # -- presence
 
 
-async def test_only_services_of_ones_own_namespace_are_seen(phases: Bus, client: Bus, nats_url: str) -> None:
+async def test_only_services_of_the_own_namespace_are_listed(phases: Bus, client: Bus, nats_url: str) -> None:
     async with Bus(nats_url, namespace=f"{client.subjects.namespace}-other") as stranger:
         assert await discover(stranger, within_s=0.2) == []
         assert len(await discover(client, within_s=5, enough=lambda there: len(there) == len(PHASES))) == len(PHASES)

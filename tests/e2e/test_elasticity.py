@@ -3,25 +3,29 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command import LOOM, command, loom
 from support.nodes import Counting, node
+from support.services import QUICK_START, running_phases
 from support.wait import until
 
 from loom.agents.host.slots import Node
+from loom.agents.host.timings import HostTimings
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.host_directory import host_in
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.natsio.transport.message import Msg
-from loom.runner.services import running_nodes, running_phases
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.services import running_nodes
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.schemas.task import TaskAd, TaskResult
 
 WITHIN_S = 60
@@ -80,19 +84,22 @@ def nodes(agent: Counting) -> Sequence[Node]:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_a_burst_grows_two_hosts_to_their_limits_and_quiet_shrinks_them_again(
-    nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    nats_url: str, namespace: str
 ) -> None:
     """Two SCALE and two ADAPT replicas: nothing in flight is lost, no run happens twice."""
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.2)
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.2)
+    timings = replace(QUICK_START, host=HostTimings(announce_s=0.2), adapt=AdaptTimings(sweep_s=0.2))
     agent, census = Counting(RUN_S), Census()
     here, there = nodes(agent), nodes(agent)
     async with (
         Bus(nats_url, namespace=namespace) as bus,
-        running_phases(nats_url, namespace=namespace, config=CONFIG),
-        running_phases(nats_url, namespace=namespace, config=CONFIG, names=("scale", "adapt")),
-        running_nodes(nats_url, lambda: here, namespace=namespace, slots=1, backlog=4, max_nodes=3) as one,
-        running_nodes(nats_url, lambda: there, namespace=namespace, slots=1, backlog=4, max_nodes=2) as two,
+        running_phases(nats_url, namespace=namespace, config=CONFIG, timings=timings),
+        running_phases(nats_url, namespace=namespace, config=CONFIG, names=("scale", "adapt"), timings=timings),
+        running_nodes(
+            nats_url, lambda: here, namespace=namespace, slots=1, backlog=4, max_nodes=3, timings=timings
+        ) as one,
+        running_nodes(
+            nats_url, lambda: there, namespace=namespace, slots=1, backlog=4, max_nodes=2, timings=timings
+        ) as two,
     ):
         await census.start(bus)
         limits = {one.host_id: 3, two.host_id: 2}
@@ -125,7 +132,7 @@ nodes = [AgentNode(id="a", agent=work), AgentNode(id="b", agent=work)]
 
 
 @pytest.mark.slow
-async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, namespace: str, tmp_path: Path) -> None:
+async def test_the_command_line_limits_the_growth_of_a_host(nats_url: str, namespace: str, tmp_path: Path) -> None:
     file = tmp_path / "pair.py"
     file.write_text(PAIR)
     env = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
@@ -134,7 +141,7 @@ async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, name
         refused = await loom(tmp_path, *words, "1", **env)
         assert refused.code == 2
         assert "has 2 nodes already" in " ".join(refused.err.split())
-        await host.says("a, b on")
+        await host.wait_for_output("a, b on")
 
         async def asked() -> SpawnReply | None:
             try:

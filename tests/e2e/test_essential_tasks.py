@@ -36,7 +36,7 @@ async def test_a_phase_whose_reader_fails_ends_with_the_reason(
     env = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "PYTHONPATH": TESTS}
     await create_streams(url, namespace)
     async with command(tmp_path, *LOOM, "phase", "run", "adapt", **env) as running:
-        await running.says("phases_started")
+        await running.wait_for_output("phases_started")
         await RewardBus(bus=client).publish(reward(1))
         ended = await running.end()
     assert ended.code == 1

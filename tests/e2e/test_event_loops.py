@@ -29,7 +29,7 @@ from loom.bus.natsio.loop_ownership import WrongEventLoop
 from loom.compat.planner import TaskPlanner
 from loom.schemas.base import new_id
 from loom.schemas.errors import AgentFailed, BusUnavailable, LoomError
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.types import CapabilityProfile
 
 SUM = TaskAd(domain="code", description="sum", timeout_s=20)
@@ -132,7 +132,7 @@ async def test_a_sync_agent_that_reaches_its_runtime_from_a_loop_of_its_own_fail
         assert await rt.submit(SUM) == "done: sum"
 
 
-async def test_of_threads_that_open_a_runtime_at_once_one_has_it_and_the_others_are_refused(
+async def test_one_of_several_threads_opens_a_runtime_and_the_others_are_refused(
     on_bus: tuple[str, str], phases: Bus
 ) -> None:
     rt = runtime()

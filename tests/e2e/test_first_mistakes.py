@@ -143,7 +143,7 @@ def test_a_mistake_in_building_is_answered_at_once(mistake: str) -> None:
     assert caught.value.__suppress_context__ or caught.value.__context__ is None, "one sentence, not two tracebacks"
 
 
-def test_what_is_clearly_meant_is_taken() -> None:
+def test_a_capability_given_as_a_dict_is_accepted() -> None:
     rt = Runtime()
     node = rt.add_agent(lambda text: text, name="worker", capabilities={"code": 0.9})
     assert node.capabilities.scores == {"code": 0.9}

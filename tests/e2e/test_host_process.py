@@ -14,6 +14,7 @@ import pytest
 from support.command import LOOM, Command, command, loom
 from support.nodes import Counting, node
 from support.openai_server import OpenAIServer, Reply
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client
@@ -21,7 +22,7 @@ from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 30
@@ -106,7 +107,7 @@ async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIt
     (folder / "agents.py").write_text(AGENTS)
     own = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, **env}
     async with command(folder, *LOOM, "host", "run", str(folder / "agents.py"), **own) as host:
-        yield await host.says("on nats://")
+        yield await host.wait_for_output("on nats://")
 
 
 async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
@@ -187,7 +188,7 @@ async def test_a_second_signal_ends_a_host_at_once(nats_url: str, namespace: str
 
 
 @pytest.mark.slow
-async def test_what_user_code_raises_in_tasks_and_callbacks_of_its_own_does_not_end_the_host(
+async def test_exceptions_in_user_tasks_and_callbacks_do_not_end_the_host(
     nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
     async with (
@@ -279,7 +280,7 @@ async def test_a_second_interrupt_ends_a_run_of_tasks_whatever_its_agents_do(tmp
     os.chdir(tmp_path)
     try:
         async with command(tmp_path, *LOOM, *words) as run:
-            await run.says("b  execute")
+            await run.wait_for_output("b  execute")
             await outlives(run, signal.SIGINT)
             begun = time.monotonic()
             ended = await run.end(signal.SIGINT)

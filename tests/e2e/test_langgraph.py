@@ -49,7 +49,7 @@ async def hosting(
     async with command(
         tmp_path, *with_loom(python, "loom.runner.cli"), "host", "run", str(EXAMPLE), **environment
     ) as host:
-        yield await host.says("on nats://")
+        yield await host.wait_for_output("on nats://")
 
 
 @asynccontextmanager
@@ -109,7 +109,7 @@ async def test_a_graph_that_fails_fails_its_task_and_the_text_of_an_exception_st
     assert raised.error is not None
     assert raised.error.code == "agent_failed"
     assert re.fullmatch(r"the agent raised \w*RequestError", raised.error.message)
-    await hosting.says("the model is out of order")
+    await hosting.wait_for_output("the model is out of order")
     assert undelegated.error is not None
     assert undelegated.error.code == "subtask_failed"
 

@@ -4,25 +4,28 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 from bench.learning import Figures, Setting, World, play
 from bench.over_bus import one_at_a_time, side_by_side
 from support.fake_host import FakeHost
 from support.nodes import echo, fail, node
+from support.services import QUICK_START, running_phases
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
-from loom.runner.services import running_nodes, running_phases
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.services import running_nodes
 from loom.schemas.auction import Bid
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
 from loom.schemas.errors import InvalidTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -77,12 +80,11 @@ class LearningCluster:
 
 
 @pytest.fixture
-async def cluster(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LearningCluster]:
-    monkeypatch.setattr("loom.phases.evaluate.retry_policy.RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.3)
+async def cluster(nats_url: str, namespace: str) -> AsyncIterator[LearningCluster]:
+    timings = replace(QUICK_START, execute=ExecuteTimings(accept_s=0.3))
     async with AsyncExitStack() as stack:
         config = ClusterConfig(max_attempts=4)
-        await stack.enter_async_context(running_phases(nats_url, namespace=namespace, config=config))
+        await stack.enter_async_context(running_phases(nats_url, namespace=namespace, config=config, timings=timings))
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
         here = LearningCluster(bus, nats_url, namespace, stack)
         await here.rewards.start(bus)

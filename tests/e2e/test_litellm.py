@@ -175,7 +175,7 @@ async def test_reasoning_goes_back_with_the_calls_it_led_to(
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_what_a_model_refuses_is_sent_to_it_once(
+async def test_a_refused_parameter_is_sent_to_a_model_once(
     upstream: OpenAIServer, provider_of: Callable[..., OpenAIProvider], model: str
 ) -> None:
     provider = provider_of(model)
@@ -240,7 +240,7 @@ async def test_a_key_that_the_model_s_server_refuses_is_named_and_not_repeated(
     assert UPSTREAM_KEY not in caught.value.message
 
 
-async def test_a_key_that_the_proxy_does_not_know_is_refused_with_its_own_words(
+async def test_a_key_unknown_to_the_proxy_is_refused_with_the_message_of_the_proxy(
     proxy: LitellmProxy, upstream: OpenAIServer, provider_of: Callable[..., OpenAIProvider]
 ) -> None:
     with pytest.raises(AgentFailed, match=r"\(400\): No connected db"):  # litellm's answer without a database of keys

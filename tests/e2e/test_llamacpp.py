@@ -184,7 +184,7 @@ async def test_a_call_cut_by_the_token_limit_fails_alone_and_the_conversation_go
     assert events[-1].content == "The tools have answered."
 
 
-async def test_a_model_that_must_call_a_tool_calls_one_as_its_schema_says(server: LlamaServer) -> None:
+async def test_a_model_with_tool_choice_required_calls_a_tool_as_its_schema_demands(server: LlamaServer) -> None:
     provider = provider_for(server, tool_choice="required", extra={"top_k": 0, "seed": 7})
     wanted = asking("[choose]", tools=(ToolDefinition(name="choose", parameters=SCHEMA),))
     answer = await provider.complete(wanted)

@@ -43,7 +43,7 @@ async def hosting(on_bus: tuple[str, str], python: Path, base_url: str, folder: 
     async with command(
         folder, *with_loom(python, "loom.runner.cli"), "host", "run", str(EXAMPLE), **environment
     ) as host:
-        yield await host.says("on nats://")
+        yield await host.wait_for_output("on nats://")
 
 
 async def done(client: Bus) -> tuple[TaskResult, dict[str, ToolCallEnd]]:

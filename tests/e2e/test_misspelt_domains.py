@@ -38,7 +38,7 @@ def test_the_command_line_prints_the_warning_on_standard_error(here: Cluster, lo
     assert (loom("submit x --domain sales").err, loom("submit x --domain poetry").err) == ("", "")
 
 
-async def test_nodes_without_ratings_are_no_reason_for_a_warning(on_bus: tuple[str, str], phases: object) -> None:
+async def test_nodes_without_ratings_cause_no_warning(on_bus: tuple[str, str], phases: object) -> None:
     rt = Runtime()
     rt.add_agent(lambda text: text.upper(), name="any")
     async with rt:

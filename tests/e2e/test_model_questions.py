@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.openai_server import OpenAIServer, Reply, Request
+from support.services import running_phases
 
 from loom import OpenAIProvider, Runtime, TaskAd
 from loom.agents.llm.agent import Agent
-from loom.runner.services import running_phases
 from loom.schemas.config import ClusterConfig
 from loom.types import Accept, CapabilityProfile, TaskResult
 
@@ -39,7 +39,9 @@ async def test_an_ad_that_names_domain_and_complexity_makes_one_request(runtime:
     assert len(model.requests) == 1
 
 
-async def test_a_vague_ad_makes_two_and_the_phases_tokens_are_told_apart(runtime: Runtime, model: OpenAIServer) -> None:
+async def test_a_vague_ad_makes_two_requests_and_the_phases_tokens_are_separate(
+    runtime: Runtime, model: OpenAIServer
+) -> None:
     model.script(
         Reply(text='{"complexity": 0.2, "domains": ["code"]}', usage=(40, 9)), Reply(text="done", usage=(20, 3))
     )
@@ -76,7 +78,7 @@ async def test_a_judge_that_cannot_take_a_response_format_is_asked_without_one(
     assert model.requests[-1].body.get("response_format", {}).get("type") != "json_schema"
 
 
-async def test_a_judge_that_is_never_clear_is_no_perfect_score(runtime: Runtime, model: OpenAIServer) -> None:
+async def test_a_judge_without_a_clear_opinion_gives_no_score(runtime: Runtime, model: OpenAIServer) -> None:
     def unclear(request: Request) -> Reply:
         judging = "You judge" in str(request.messages[0]["content"])
         return Reply(text='{"score": 8, "reason": "good"}' if judging else "done")
@@ -90,7 +92,7 @@ async def test_a_judge_that_is_never_clear_is_no_perfect_score(runtime: Runtime,
 
 
 @pytest.mark.slow
-async def test_what_failed_attempts_took_is_told_of_a_success_and_of_a_failure(
+async def test_tokens_of_failed_attempts_are_reported_on_success_and_on_failure(
     on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     url, namespace = on_bus

@@ -11,6 +11,7 @@ from support.accounts import PASSWORD, permitted
 from support.command import LOOM, Ended, command
 from support.configured import configured_server
 from support.nodes import echo, node
+from support.services import running_phases
 from support.wait import until
 
 from loom import (
@@ -28,7 +29,7 @@ from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.compat.planner import TaskPlanner
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.runner.session import Session
 from loom.runner.settings import from_environment
 from loom.schemas.base import decode
@@ -218,7 +219,7 @@ async def test_nodes_that_cannot_be_hosted_are_tried_again(
     await session.aclose()
 
 
-async def test_a_conversation_without_nodes_of_its_own_does_not_wait_for_what_is_learned(
+async def test_a_conversation_without_own_nodes_does_not_wait_for_learning(
     on_bus: tuple[str, str], provider: OpenAIProvider
 ) -> None:
     url, namespace = on_bus

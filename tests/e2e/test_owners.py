@@ -16,7 +16,7 @@ from loom.bus import task_client
 from loom.bus.rewards import RewardBus
 from loom.runner.services import running_nodes
 from loom.schemas.identity import Identity
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.task import TaskAd
 
 
@@ -79,7 +79,7 @@ def test_views_name_the_owner_unless_it_is_local(here: Cluster, loom: Loom) -> N
     assert "pinned" in loom("task show t1").out
 
 
-def test_filters_take_a_node_with_its_owner_and_one_of_local_in_both_forms(here: Cluster, loom: Loom) -> None:
+def test_filters_accept_a_node_with_its_owner_and_local_nodes_in_both_forms(here: Cluster, loom: Loom) -> None:
     assert "by rules" in loom("reward ls --node acme.coder").out
     assert loom("reward ls --node coder").out == loom("reward ls --node local.coder").out
     assert [one["task_id"] for one in lines(loom("task ls --node acme.coder --json").out)] == ["t2", "t1"]
@@ -127,7 +127,7 @@ async def _one_inheritance(cluster: Cluster) -> None:
         ("node move a.b.c coder", "bad_usage: Invalid value for FROM"),
     ],
 )
-def test_what_cannot_be_moved_is_refused(line: str, said: str, here: Cluster, loom: Loom) -> None:
+def test_an_impossible_move_is_refused(line: str, said: str, here: Cluster, loom: Loom) -> None:
     is_refused(loom, line, 2, said)
 
 

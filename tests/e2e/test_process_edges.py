@@ -105,7 +105,7 @@ async def test_process_1_drains_and_ends_with_the_code_of_the_command(
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
     await create_streams(nats_url, namespace)
     async with command(tmp_path, *CONTAINER, *LOOM, "phase", "run", "match", **where) as container:
-        await container.says("match on nats")
+        await container.wait_for_output("match on nats")
         os.kill(first_process(container), signal.SIGTERM)
         async with asyncio.timeout(PROMPT_S):
             assert await container.process.wait() == 0
@@ -138,8 +138,8 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
         command(tmp_path, *CONTAINER, *LOOM, "host", "run", str(tmp_path / "orphans.py"), **where) as container,
         Bus(nats_url, namespace=namespace) as bus,
     ):
-        await up.says("loom is up on")
-        await container.says("o on nats")
+        await up.wait_for_output("loom is up on")
+        await container.wait_for_output("o on nats")
         handle = await publish(bus, TaskAd(description="x", domain="t"), deltas=False)
         assert await handle.content(20) == "5"  # a child of the agent's own is its own to wait for
         await until(lambda: not left(container.process.pid), within_s=5, what="all orphans are gone")
@@ -158,7 +158,7 @@ async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends
     )
     where = {"NATS_URL": "nats://slow.example", "PYTHONPATH": str(tmp_path), "LOOM_EVENT_LOOP": loop}
     async with command(tmp_path, *LOOM, "phase", "run", "sense", **where) as phase:
-        await phase.says("connecting")
+        await phase.wait_for_output("connecting")
         began = time.monotonic()
         assert (await phase.end(signal.SIGTERM)).code == 0
     assert time.monotonic() - began < PROMPT_S
@@ -179,7 +179,7 @@ async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
     )
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
     async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "busy.py"), **where) as node:
-        await node.says("busy on nats")
+        await node.wait_for_output("busy on nats")
         began = time.monotonic()
         assert (await node.end(signal.SIGTERM)).code == 0
     assert time.monotonic() - began < PROMPT_S

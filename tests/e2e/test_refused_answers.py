@@ -74,7 +74,7 @@ async def test_an_amoeba_loop_ends_with_an_error_and_without_content(on_bus: tup
     assert (done.type, done.content) == ("done", "")  # type: ignore[union-attr]
 
 
-async def test_an_agent_that_delegates_learns_why_and_sees_the_answer(on_bus: tuple[str, str], phases: object) -> None:
+async def test_a_delegating_agent_receives_the_reason_and_the_answer(on_bus: tuple[str, str], phases: object) -> None:
     async def boss(job: RunRequest) -> str:
         try:
             await delegate("help", domain="helping")

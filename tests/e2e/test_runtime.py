@@ -43,7 +43,7 @@ async def test_building_a_runtime_does_no_io(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-async def test_a_server_nobody_runs_is_bus_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_server_is_bus_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_URL", "nats://127.0.0.1:1")
     with pytest.raises(BusUnavailable, match="no nats-server at"):
         await runtime().submit(TaskAd(domain="code", description="x"))
@@ -96,7 +96,7 @@ async def test_bad_ads_are_refused_before_anything_is_sent(on_bus: tuple[str, st
                 await rt.submit(ad)
 
 
-async def test_a_handle_streams_events_and_gives_status_and_result(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_a_handle_streams_events_and_returns_status_and_result(on_bus: tuple[str, str], phases: Bus) -> None:
     async with runtime() as rt:
         handle = await rt.publish(TaskAd(domain="code", description="sort"))
         texts = [delta.event.text async for delta in handle.events() if isinstance(delta.event, TextDelta)]
@@ -139,13 +139,13 @@ async def test_cancelling_stops_the_agent_within_a_second(on_bus: tuple[str, str
     assert [hop.phase for hop in record.envelope.hops][:3] == ["sense", "match", "scale"]  # EXECUTE may say it first
 
 
-async def test_an_unknown_task_is_said_to_be_unknown(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_an_unknown_task_is_reported_as_unknown(on_bus: tuple[str, str], phases: Bus) -> None:
     async with runtime() as rt:
         with pytest.raises(UnknownTask):
             await rt.feedback("nobody-knows", 1.0)
 
 
-async def test_submit_many_keeps_order_and_bounds_what_is_in_flight(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_submit_many_keeps_order_and_bounds_the_tasks_in_flight(on_bus: tuple[str, str], phases: Bus) -> None:
     agent = Counting(0.02)
     rt = Runtime()
     rt.add_agent(agent, name="coder", capabilities=CODE)
@@ -189,7 +189,7 @@ async def test_nodes_added_while_it_runs_bid_at_once(on_bus: tuple[str, str], ph
 
 
 @pytest.mark.slow
-async def test_nobody_to_bid_ends_as_no_bids(embedded: None) -> None:
+async def test_a_task_without_bidders_ends_as_no_bids(embedded: None) -> None:
     async with Runtime(cluster_config=ClusterConfig(no_bids_after_s=0.5)) as rt:
         with pytest.raises(NoBids, match="loom host run"):
             await rt.submit(TaskAd(domain="code", description="sort"))
@@ -238,7 +238,7 @@ def test_a_runtime_serves_one_event_loop_after_another(embedded: None) -> None:
     assert answers == ["done: one", "done: two"]
 
 
-async def test_default_names_say_what_a_node_is_made_of() -> None:
+async def test_default_names_depend_on_the_agent_and_its_domains() -> None:
     first, second = Runtime(), Runtime()
     names = [
         [
@@ -267,14 +267,14 @@ async def test_nodes_may_be_given_one_profile_and_keep_their_own_tools() -> None
 
 
 @pytest.mark.parametrize("thing", [3, Counting, divmod])
-async def test_what_is_no_agent_is_refused_when_it_is_added(thing: object) -> None:
+async def test_an_object_that_is_not_an_agent_is_refused_when_added(thing: object) -> None:
     rt = Runtime()
     with pytest.raises(LoomError):
         rt.add_agent(thing)
     assert not rt.cluster.nodes
 
 
-async def test_a_program_that_fails_does_not_wait_for_what_is_in_hand(embedded: None) -> None:
+async def test_a_failing_program_does_not_wait_for_running_tasks(embedded: None) -> None:
     begun = asyncio.Event()
 
     async def endless(description: str) -> str:
@@ -298,7 +298,7 @@ async def test_a_program_that_fails_does_not_wait_for_what_is_in_hand(embedded: 
 tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 
-async def test_a_run_sees_nothing_of_the_caller_that_opened_the_runtime(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_a_run_does_not_inherit_the_context_of_the_opening_caller(on_bus: tuple[str, str], phases: Bus) -> None:
     async def waits(description: str) -> str:
         return tenant.get()
 
@@ -338,7 +338,7 @@ async def test_a_provider_that_interrupts_the_phases_ends_neither_them_nor_the_p
         assert await rt.submit(TaskAd(description="hm")) == "done: hm"  # so vague that SENSE asks the model
 
 
-async def test_a_task_is_cancelled_with_its_caller_when_that_is_asked_for(
+async def test_a_task_is_cancelled_with_its_caller_on_request(
     on_bus: tuple[str, str], phases: Bus, client: Bus
 ) -> None:
     begun: list[str] = []

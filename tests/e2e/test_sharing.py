@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.nodes import Counting, node
+from support.services import running_phases
 
 from loom import Runtime
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.task import TaskAd
 from loom.types import CapabilityProfile
@@ -124,7 +125,7 @@ async def test_duplicate_submits_all_get_the_one_answer(on_bus: tuple[str, str],
     assert agent.runs == {"same": 1}
 
 
-async def test_a_ninth_waiting_submitter_is_told_accepted(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_a_ninth_waiting_submitter_receives_accepted(on_bus: tuple[str, str], phases: Bus) -> None:
     url, namespace = on_bus
     nodes = [node("coder", Counting(0.3), code=0.9)]
     async with running_nodes(url, lambda: nodes, namespace=namespace), Bus(url, namespace=namespace) as bus:

@@ -22,7 +22,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.compat.planner import TaskPlanner
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.types import Done, PhaseEvent, Skill, SkillTrigger
 
 WITHIN_S = 30
@@ -47,7 +47,7 @@ async def lifecycle_of(bus: Bus) -> list[Lifecycle]:
     return news
 
 
-async def test_a_task_that_nobody_bids_for_is_answered_by_the_skill_it_calls_for(
+async def test_a_task_without_bids_is_answered_by_its_matching_skill(
     monkeypatch: pytest.MonkeyPatch, model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)

@@ -103,7 +103,7 @@ asyncio.run(begin())
 
 
 @pytest.mark.slow
-async def test_a_runtime_on_a_store_finds_its_records_and_what_its_nodes_have_learned(tmp_path: Path) -> None:
+async def test_a_runtime_on_a_store_loads_its_records_and_profiles(tmp_path: Path) -> None:
     async with runtime(tmp_path / "store") as rt:
         assert all(result.state == "succeeded" for result in await rt.submit_many(ads(5)))
         coder = rt.cluster.nodes[0]
@@ -127,7 +127,7 @@ async def test_a_second_runtime_on_a_store_is_refused_with_the_address_of_the_fi
 
 
 @pytest.mark.slow
-async def test_a_runtime_without_a_store_keeps_nothing_and_one_with_loom_store_keeps_it_there(
+async def test_a_runtime_without_a_store_keeps_nothing_and_loom_store_sets_the_place(
     temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with runtime():
@@ -212,7 +212,7 @@ def test_synchronous_code_opens_a_runtime_with_a_block_and_closes_it_quickly() -
 
 
 @pytest.mark.slow
-def test_leaving_a_block_finishes_what_is_in_hand() -> None:
+def test_leaving_a_block_finishes_running_tasks() -> None:
     ended: list[str] = []
 
     async def slow(description: str) -> str:
@@ -290,7 +290,7 @@ async def test_runtimes_handles_and_records_show_their_identity_and_state(
 
 
 @pytest.mark.slow
-async def test_a_loop_goes_on_from_what_its_earlier_conversations_have_taught(temporary: Path) -> None:
+async def test_a_loop_continues_with_the_profiles_of_earlier_conversations(temporary: Path) -> None:
     loop = amoeba()
     coder = loop.cluster.nodes[0]
     scores = [coder.capabilities.scores["code"]]

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -12,18 +13,21 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg as Message
 from support.nodes import node
+from support.services import QUICK_START, running_phases
 from support.subject_table import PATTERNS, pattern_of
 from support.wait import until
 
 from loom import delegate
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.bus.subjects import Subjects
 from loom.bus.tap import SHAPES
-from loom.runner.services import running_nodes, running_phases
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import RunRequest, read_events
 
@@ -97,10 +101,11 @@ class Work:
         yield f"done: {job.description}"
 
 
+TIMINGS = replace(QUICK_START, host=HostTimings(announce_s=0.2), adapt=AdaptTimings(sweep_s=0.1))
+
+
 @pytest.fixture
-async def wire(on_bus: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.2)
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.1)
+async def wire(on_bus: tuple[str, str]) -> AsyncIterator[Wire]:
     async with Wire(*on_bus) as wire:
         yield wire
 
@@ -109,9 +114,11 @@ async def test_a_cluster_at_work_publishes_every_row_of_the_table_and_nothing_el
     work = Work()
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        await enter(running_phases(wire.url, namespace=wire.namespace, config=CONFIG))
+        await enter(running_phases(wire.url, namespace=wire.namespace, config=CONFIG, timings=TIMINGS))
         hosted = [node("ann", work, code=0.9)]
-        await enter(running_nodes(wire.url, lambda: hosted, namespace=wire.namespace, slots=2, max_nodes=2))
+        await enter(
+            running_nodes(wire.url, lambda: hosted, namespace=wire.namespace, slots=2, max_nodes=2, timings=TIMINGS)
+        )
         client = await enter(Bus(wire.url, namespace=wire.namespace))
 
         await _submit_and_look(wire)

@@ -40,7 +40,7 @@ BACK_S = 5.0
 
 
 @given(st.lists(st.floats(min_value=0, max_value=2 * STEADY_S), min_size=1))
-def test_the_pause_grows_to_its_limit_and_starts_anew_after_a_steady_life(lives: list[float]) -> None:
+def test_the_pause_grows_to_its_limit_and_resets_after_a_steady_life(lives: list[float]) -> None:
     backoff = Backoff()
     before = 0.0
     for lived_s in lives:
@@ -71,7 +71,7 @@ async def supervised(
         yield supervisor, said
 
 
-async def test_lines_keep_the_name_of_who_printed_them() -> None:
+async def test_lines_keep_the_name_of_their_process() -> None:
     async with supervised(("one", "echo a; printf 'b\\nhalf' >&2; exec sleep 60"), ("two", "echo c; exit 3")) as (
         _,
         said,
@@ -82,7 +82,7 @@ async def test_lines_keep_the_name_of_who_printed_them() -> None:
     assert ("one", "half") in said  # its last word, without an end of line
 
 
-async def test_who_will_not_end_is_killed() -> None:
+async def test_a_process_that_ignores_sigterm_is_killed() -> None:
     async with supervised(("deaf", "trap '' TERM; echo $$; while :; do sleep 0.05; done"), stop_s=0.2) as (_, said):
         await until(lambda: said, what="it runs")
         pid = int(said[0][1])
@@ -227,7 +227,7 @@ WHOLE = Counter(PHASES) + Counter(["execute"])
 async def cluster(folder: Path, store: str) -> AsyncIterator[Cluster]:
     words = ("up", "--processes", "--replicas", "execute=2", "--port", "0")
     async with command(folder, *LOOM, *words, LOOM_STORE=store) as up:
-        await up.says("loom is up on")
+        await up.wait_for_output("loom is up on")
         url = re.findall(r"nats://\S+:\d+", up.err)[0]
         async with Bus(url) as bus:
             running = Cluster(up, bus)

@@ -32,7 +32,7 @@ async def test_a_server_started_here_flushes_as_often_as_set(tmp_path: Path) -> 
 
     async def settings(said: str, *words: str) -> str:
         async with command(tmp_path, *words, LOOM_SYNC_INTERVAL="always") as running:
-            await running.says(said)
+            await running.wait_for_output(said)
             return _server_settings(running.process.pid)
 
     told = await asyncio.gather(

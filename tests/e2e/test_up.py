@@ -24,7 +24,7 @@ from loom.schemas.errors import BusUnavailable
 async def up(folder: Path, *words: str, **env: str) -> AsyncIterator[tuple[Command, str]]:
     """`loom up`, and the address of its server."""
     async with command(folder, *LOOM, "up", "--port", "0", *words, **env) as running:
-        await running.says("loom is up on")
+        await running.wait_for_output("loom is up on")
         yield running, re.findall(r"loom is up on (nats://\S+:\d+)", running.err)[0]
 
 

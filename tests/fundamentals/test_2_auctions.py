@@ -1,8 +1,9 @@
 """Every task is auctioned: nodes bid for it, and MATCH awards it to the bidder with the highest score."""
 
+from support.services import running_phases
+
 from loom import Runtime, TaskAd
 from loom.bus.bus import Bus
-from loom.runner.services import running_phases
 from loom.types import ClusterConfig
 
 

@@ -1,5 +1,6 @@
 """Operators watch the traffic, restart phases and read what could not be handled."""
 
+from support.services import running_phases
 from support.wait import until
 
 from loom import Runtime, TaskAd
@@ -7,7 +8,6 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.dead_letters.admin import list_letters
 from loom.bus.tap import Tap
-from loom.runner.services import running_phases
 from loom.schemas.envelope import PHASES
 
 

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from loom.agents.host.slots import Node
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
+from support.services import running_phases
 
 WITHIN_S = 20
 T = TypeVar("T")

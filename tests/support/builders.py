@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from loom.schemas.auction import Award, CallForBids, Lot
 from loom.schemas.base import new_id
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import Submission, TaskAd
 
 

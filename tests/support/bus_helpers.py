@@ -14,7 +14,7 @@ Connect = Callable[..., Awaitable[Bus]]
 """Opens a connection; `url`, `namespace` and `role` may be given."""
 
 
-class Heard:
+class MessageRecorder:
     """The messages a subscription got, in order."""
 
     def __init__(self) -> None:

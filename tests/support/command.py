@@ -41,15 +41,15 @@ class Command:
     def err(self) -> str:
         return self._err.read_text()
 
-    async def says(self, text: str) -> Self:
+    async def wait_for_output(self, text: str) -> Self:
         """Wait for `text` on either output."""
 
-        def said() -> bool:
-            spoken = text in self.out + self.err
-            assert spoken or self.process.returncode is None, f"ended without {text!r}: {self.err}"
-            return spoken
+        def printed() -> bool:
+            is_printed = text in self.out + self.err
+            assert is_printed or self.process.returncode is None, f"ended without {text!r}: {self.err}"
+            return is_printed
 
-        await until(said, within_s=WITHIN_S, what=f"{text!r} is printed")
+        await until(printed, within_s=WITHIN_S, what=f"{text!r} is printed")
         return self
 
     async def end(self, number: signal.Signals | None = None) -> Ended:

@@ -28,5 +28,5 @@ async def configured_server(folder: Path, config: str) -> AsyncIterator[str]:
 
     words = (find_server()[0], "-c", str(conf), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(own))
     async with command(folder, *words) as server:
-        await server.says("Server is ready")
+        await server.wait_for_output("Server is ready")
         yield await until(listed, what="the server lists its ports")

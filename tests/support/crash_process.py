@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import structlog
 
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.bus import _buses as buses
 from loom.bus.hops.hop_loop import HopLoop
@@ -27,6 +28,7 @@ from loom.bus.subjects import Parsed, Subjects
 from loom.phases.scale.division import Division
 from loom.phases.sense.client_api import ClientApi
 from loom.runner.services import running_nodes, running_phases
+from loom.runner.timings import ServiceTimings
 from loom.schemas.envelope import Phase
 from loom.schemas.run import RunRequest
 from support.logs import output
@@ -40,11 +42,9 @@ FORKS.set_forkserver_preload(["loom.runner.services", "loom.types", "pytest"])
 QUICK: dict[str, float] = {
     "loom.bus.topology.ACK_WAIT_S": 1,
     "loom.bus.hops.hop_loop.IN_PROGRESS_S": 0.25,
-    "loom.agents.host.node_host.HEARTBEAT_S": 0.25,
 }
 """Settings with which another replica takes over within about a second."""
-SHORT_SILENCE = {"loom.phases.execute.run_stream.SILENCE_S": 2.0}
-"""Setting with which a silent host is lost after two seconds."""
+SHORT_HEARTBEAT = ServiceTimings(host=HostTimings(heartbeat_s=0.25))
 
 
 def each_setting(values: Mapping[str, float]) -> list[tuple[Any, str, float]]:
@@ -318,6 +318,6 @@ async def host(
         yield f"ended by {name}"
 
     hosted = [node(name, agent, code=0.9)]
-    async with running_nodes(url, lambda: hosted, namespace=namespace, drain_timeout_s=0):
+    async with running_nodes(url, lambda: hosted, namespace=namespace, drain_timeout_s=0, timings=SHORT_HEARTBEAT):
         send("ready")
         await commands.end.wait()

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from loom.bus.bus import Bus
 from loom.phases.adapt.reward_weights import is_own
 from loom.phases.adapt.summary_writer import summary_of
-from loom.schemas.learning import NodeProfile, ProfileSummary, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
+from loom.schemas.learning.summary import ProfileSummary
 
 
 def rewards_in(profile: NodeProfile) -> Iterator[Reward]:

@@ -87,13 +87,13 @@ class FakeRun:
         self.bus, self.request, self.subject = bus, request, subject
         self.seq = 0
 
-    async def say(self, kind: RunKind, **facts: Any) -> None:
+    async def publish(self, kind: RunKind, **facts: Any) -> None:
         """Send the next event."""
         await self.bus.connection.publish(self.subject, RunEvent(seq=self.seq, kind=kind, **facts))
         self.seq += 1
 
     async def succeed(self, content: str = "done", **facts: Any) -> None:
         """Publish the events of a successful run."""
-        await self.say("accepted")
-        await self.say("started")
-        await self.say("result", result=RunResult(content=content, **facts))
+        await self.publish("accepted")
+        await self.publish("started")
+        await self.publish("result", result=RunResult(content=content, **facts))

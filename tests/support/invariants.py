@@ -11,7 +11,8 @@ from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
 from loom.phases.adapt.evidence import apply_reward
 from loom.schemas.base import decode
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.plan import SplitPlan
 from loom.schemas.record import TaskRecord
 from support.wait import until

@@ -35,7 +35,7 @@ class Kill:
 
 
 def schedule(seed: int, targets: Sequence[str], kills: int, every_s: float, *, stops: bool = False) -> Iterator[Kill]:
-    """Yield `kills` faults, the same ones for the same seed; every target is equally likely.
+    """Yield `kills` faults, the same ones for the same random seed; every target is equally likely.
 
     Args:
         seed: Of the random numbers.

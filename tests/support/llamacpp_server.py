@@ -1,4 +1,4 @@
-"""A real llama.cpp server, whose model writes what a script says.
+"""A real llama.cpp server, whose model writes the text of a script.
 
     model = scripted_model(python_of("llamacpp"), tmp_path, chains={"hello": ("Hel", "lo.")})
     async with llamacpp_server(python, model, tmp_path) as server:
@@ -102,7 +102,7 @@ async def llamacpp_server(
     words = (str(python), str(SCRIPTS / "server.py"), str(model), str(port), KEY, str(context))
     async with command(folder, *words) as process:
         async with asyncio.timeout(WITHIN_S):
-            await process.says("listening at ")
+            await process.wait_for_output("listening at ")
         found = re.search(r"listening at (http://127\.0\.0\.1:(\d+))", process.out)
         assert found, process.out
         yield LlamaServer(process, base_url=f"{found[1]}/v1", port=int(found[2]))

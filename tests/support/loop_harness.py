@@ -16,7 +16,7 @@ from loom.bus.natsio.server_errors import Refused
 from loom.bus.topology import SCALE_LANE, Lane
 from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
-from support.bus_helpers import Heard
+from support.bus_helpers import MessageRecorder
 from support.wait import until
 
 Handle = Callable[[Any, Delivery], Awaitable[Outcome]]
@@ -136,12 +136,12 @@ async def lane(bus: Bus, lane: Lane = SCALE_LANE) -> dict[str, Any]:
 
 async def deliver_in_vain(bus: Bus, times: int, lane: Lane = SCALE_LANE) -> None:
     """Have the next message of the lane delivered `times` times, and reject each delivery."""
-    inbox, heard = bus.requests.new_inbox(), Heard()
-    subscription = await bus.connection.subscribe(inbox, heard)
+    inbox, received = bus.requests.new_inbox(), MessageRecorder()
+    subscription = await bus.connection.subscribe(inbox, received)
     subject = f"$JS.API.CONSUMER.MSG.NEXT.{bus.subjects.stream(lane.stream)}.{lane.name}"
     for n in range(times):
         await bus.connection.publish(subject, {"batch": 1, "expires": 5 * 10**9}, reply=inbox)
-        msg = (await heard.count(n + 1))[n]
+        msg = (await received.count(n + 1))[n]
         assert ack_metadata(msg.reply).delivered == n + 1
         await bus.connection.publish(msg.reply, b"-NAK")
     bus.connection.unsubscribe(subscription)

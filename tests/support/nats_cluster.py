@@ -64,10 +64,10 @@ class Member:
         """Return a monitoring page of the server; empty when it does not answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._http}/{page}", timeout=2) as answer:
-                said: dict[str, Any] = json.load(answer)
+                parsed: dict[str, Any] = json.load(answer)
         except (OSError, ValueError):
             return {}
-        return said
+        return parsed
 
 
 class NatsCluster:

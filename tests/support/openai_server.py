@@ -192,8 +192,8 @@ def well_behaved(request: Request) -> Reply:
     wanted = request.body.get("response_format")
     if wanted:
         return Reply(text=json.dumps(sample(wanted["json_schema"]["schema"])))
-    said = [message["content"] for message in request.messages if message["role"] == "user"]
-    return Reply(text=f"You said: {said[-1] if said else ''}")
+    texts = [message["content"] for message in request.messages if message["role"] == "user"]
+    return Reply(text=f"You said: {texts[-1] if texts else ''}")
 
 
 def sample(schema: dict[str, Any]) -> Any:
@@ -316,8 +316,8 @@ def _usage(request: Request, reply: Reply) -> dict[str, int] | None:
     if reply.usage is None:
         return None
     if isinstance(reply.usage, tuple):
-        asked, said = reply.usage
+        asked, answered = reply.usage
     else:
         asked = len(json.dumps(request.messages)) // 4 + 1
-        said = (len(reply.text) + sum(len(arguments) for _, arguments in reply.tool_calls)) // 4 + 1
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+        answered = (len(reply.text) + sum(len(arguments) for _, arguments in reply.tool_calls)) // 4 + 1
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}

@@ -17,13 +17,15 @@ from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
 from loom.runner.services import PhaseService, build
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.base import decode, encode, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Phase
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
 from loom.schemas.record import TaskRecord
@@ -49,8 +51,8 @@ BODIES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Heard:
-    """One message seen on the wire."""
+class RecordedMessage:
+    """One message of the namespace, parsed and decoded."""
 
     parsed: Parsed
     body: Any
@@ -58,22 +60,28 @@ class Heard:
 
 
 class Stage:
-    """A namespace with a client's connection as `bus`, in which `heard` records every message.
+    """A namespace with a client's connection as `bus`, in which `recorded` records every message.
 
     The tap is a subscriber on the whole namespace, so nothing here ever sees a "no responders" answer.
+
+    Args:
+        url: Address of the server.
+        namespace: First token of all subjects.
+        timings: Times of the services that `phase` and `host` start from then on.
     """
 
-    def __init__(self, url: str, namespace: str) -> None:
+    def __init__(self, url: str, namespace: str, timings: ServiceTimings = ServiceTimings()) -> None:
         self.url, self.namespace = url, namespace
+        self.timings = timings
         self.bus = Bus(url, namespace=namespace)
-        self.heard: list[Heard] = []
+        self.recorded: list[RecordedMessage] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.bus)
         self._stack.push_async_callback(self._clear)
         await self._lay_out()
-        await self.bus.connection.subscribe(self.bus.subjects.everything, self._hear)
+        await self.bus.connection.subscribe(self.bus.subjects.everything, self._record)
         await self.bus.requests.flush()  # the server may read the connections of others first
         return self
 
@@ -96,7 +104,7 @@ class Stage:
         streams = topology.streams(self.bus, ClusterConfig())
         await asyncio.gather(*(self.bus.jetstream.api(f"STREAM.DELETE.{one['name']}") for one in streams))
 
-    async def _hear(self, msg: Msg) -> None:
+    async def _record(self, msg: Msg) -> None:
         parsed = self.bus.subjects.parse(msg.subject)
         if parsed is not None:
             shape = BODIES.get(parsed.family)
@@ -105,7 +113,7 @@ class Stage:
                 body = read_scale_message(body)
             elif shape and body[:1] == b"{":
                 body = decode(body, shape)
-            self.heard.append(Heard(parsed, body, dict(msg.headers or {})))
+            self.recorded.append(RecordedMessage(parsed, body, dict(msg.headers or {})))
 
     # -- services
 
@@ -119,7 +127,7 @@ class Stage:
     ) -> "Replica":
         """Start a replica of one phase on a connection of its own."""
         bus = await self.connect(name)
-        service = build(name, bus, config or ClusterConfig(), llm, hosts_here=True)
+        service = build(name, bus, config or ClusterConfig(), llm, hosts_here=True, timings=self.timings)
         await service.start()
         replica = Replica(bus, service)
         self._stack.push_async_callback(replica.close)
@@ -130,7 +138,7 @@ class Stage:
     ) -> NodeHost:
         """Start a node host on a connection of its own, or on `bus`."""
         bus = bus or await self.connect("node")
-        host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, **rooms)
+        host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, timings=self.timings.host, **rooms)
         await host.start()
         self._stack.push_async_callback(host.drain, 0)
         return host
@@ -177,10 +185,10 @@ class Stage:
         """Return the recorded bodies of a family, oldest first; `phase`, `task_id` and other tokens filter them."""
         return [one.body for one in self._of(family, tokens)]
 
-    def _of(self, family: str, tokens: dict[str, str]) -> list[Heard]:
+    def _of(self, family: str, tokens: dict[str, str]) -> list[RecordedMessage]:
         return [
             one
-            for one in self.heard
+            for one in self.recorded
             if one.parsed.family == family and all(one.parsed.tokens.get(name) == text for name, text in tokens.items())
         ]
 
@@ -240,7 +248,7 @@ class Stage:
 
     def tape(self) -> list[str]:
         """Return the recorded subjects, oldest first, for the message of a failure."""
-        return [".".join((one.parsed.family, *one.parsed.tokens.values())) for one in self.heard]
+        return [".".join((one.parsed.family, *one.parsed.tokens.values())) for one in self.recorded]
 
 
 class Replica:

@@ -3,7 +3,7 @@
 import asyncio
 
 from loom.bus.rewards import RewardBus
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from support.phase_harness import Stage
 
 

@@ -10,6 +10,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import Hosts, Interrupt, RunStream
 from loom.phases.execute.stops import Stops
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.base import new_id
 from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
 from support.phase_harness import Stage
@@ -28,16 +29,23 @@ async def stop_run(bus: Bus, host: NodeHost, task_id: str = "t1", attempt: int =
     await bus.connection.publish(bus.subjects.of("stop", "local", host.host_id), Stop(task_id=task_id, attempt=attempt))
 
 
-async def hosts_of(bus: Bus) -> Hosts:
+async def hosts_of(bus: Bus, timings: ExecuteTimings = ExecuteTimings()) -> Hosts:
     """Return what EXECUTE reaches hosts by, on this connection."""
     events = EventSubjects(bus)
     await events.start()
-    return Hosts(bus, events, Stops(bus))
+    return Hosts(bus, events, Stops(bus, timings.repeat_stop_s), timings)
 
 
-async def watch_of(bus: Bus, request: RunRequest, interrupt: Interrupt | None = None, **facts: Any) -> RunStream:
+async def watch_of(
+    bus: Bus,
+    request: RunRequest,
+    interrupt: Interrupt | None = None,
+    timings: ExecuteTimings = ExecuteTimings(),
+    **facts: Any,
+) -> RunStream:
     """Return a watch of a run on the host h1."""
-    return RunStream(await hosts_of(bus), HostKey("local", "h1"), request, interrupt or Interrupt(), **facts)
+    hosts = await hosts_of(bus, timings)
+    return RunStream(hosts, HostKey("local", "h1"), request, interrupt or Interrupt(), **facts)
 
 
 class Watcher:
@@ -73,7 +81,7 @@ class Watcher:
         """Whether an event of that kind came."""
         return any(event.kind == kind for event in self.events)
 
-    async def heard(self, kind: str, *, count: int = 1, within_s: float = 20) -> RunEvent:
+    async def event(self, kind: str, *, count: int = 1, within_s: float = 20) -> RunEvent:
         def found() -> list[RunEvent]:
             return [event for event in self.events if event.kind == kind]
 
@@ -82,7 +90,7 @@ class Watcher:
 
     async def code(self) -> str:
         """The code of the error it ended with."""
-        error = (await self.heard("error")).error
+        error = (await self.event("error")).error
         assert error is not None
         return error.code
 

@@ -94,7 +94,7 @@ async def start_spawning_host(
 ) -> SpawningHost:
     bus = await stage.connect("node")
     autoscaler = NodeAutoscaler(bus, lambda: nodes, max_nodes=max_nodes, skills=skills)
-    host = NodeHost(bus, autoscaler.nodes, spawner=autoscaler, **rooms)
+    host = NodeHost(bus, autoscaler.nodes, spawner=autoscaler, timings=stage.timings.host, **rooms)
     await host.start()
     stage._stack.push_async_callback(host.drain, 0)
     return SpawningHost(stage, host, autoscaler)

@@ -1,4 +1,4 @@
-"""`loom` on a machine whose wall clock is as far off as the file named by STEP_FILE says, from one moment to the next.
+"""`loom` on a machine whose wall clock jumps by the offset in the file named by STEP_FILE.
 
 What settimeofday or an NTP correction does to a machine, without its monotonic clock.
 """

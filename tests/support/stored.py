@@ -3,7 +3,7 @@
 from loom import TaskAd
 from loom.bus.bus import Bus
 from loom.bus.queries import recent_records
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 
 TASKS = 30
 

@@ -14,7 +14,7 @@ async def awaited(work: Abandonable[Any]) -> Any:
     return await work
 
 
-async def test_what_the_coroutine_returns_and_raises_comes_through() -> None:
+async def test_return_values_and_exceptions_of_the_coroutine_pass_through() -> None:
     async def work(fault: Exception | None) -> str:
         await asyncio.sleep(0)
         if fault is not None:

@@ -43,7 +43,7 @@ def asked(accept: Accept, content: str | None = None) -> str | None:
         ("the answer is 43", Accept(contains=("42",)), "does not contain '42'"),
     ],
 )
-def test_a_plain_rule_names_what_is_wrong(content: str, accept: Accept | None, reason: str | None) -> None:
+def test_a_plain_rule_names_the_fault(content: str, accept: Accept | None, reason: str | None) -> None:
     found = plain_violation(content, accept)
     assert (found is None) if reason is None else (found is not None and reason in found)
 
@@ -62,7 +62,7 @@ def test_a_plain_rule_names_what_is_wrong(content: str, accept: Accept | None, r
         ('{"left": {"middle": {}}}', Accept(json_schema=TREE), "does not fit"),
     ],
 )
-def test_a_check_names_what_is_wrong(content: str, accept: Accept, reason: str | None) -> None:
+def test_a_check_names_the_fault(content: str, accept: Accept, reason: str | None) -> None:
     assert out_of_bounds(accept) is None
     found = asked(accept, content)
     assert (found is None) if reason is None else (found is not None and reason in found)
@@ -78,7 +78,7 @@ def test_a_check_names_what_is_wrong(content: str, accept: Accept, reason: str |
         "Unfortunately, I can’t complete this task.",  # noqa: RUF001 - as models write it
     ],
 )
-def test_a_refusal_is_no_answer(content: str) -> None:
+def test_a_refusal_is_not_an_answer(content: str) -> None:
     assert plain_violation(content, None) == "the agent refuses the task"
 
 
@@ -92,7 +92,7 @@ def test_a_refusal_is_no_answer(content: str) -> None:
         "I cannot provide a proof in one line, so here it is in ten. " + "It goes on. " * 40,
     ],
 )
-def test_what_only_sounds_like_one_is_an_answer(content: str) -> None:
+def test_text_that_resembles_a_refusal_is_an_answer(content: str) -> None:
     assert plain_violation(content, None) is None
 
 
@@ -194,7 +194,7 @@ def test_the_bounds_are_found_in_a_moment(accept: Accept) -> None:
 
 
 @given(st.text(alphabet="()[]{}?*+\\aLPRxe<>:|^$.-=!#,019 \n", max_size=1000))
-def test_reading_a_pattern_takes_a_moment_whatever_it_is(pattern: str) -> None:
+def test_parsing_any_pattern_is_fast(pattern: str) -> None:
     began = time.thread_time()
     out_of_bounds(Accept(pattern=pattern or "a"))
     assert time.thread_time() - began < 0.5  # quadratic work takes seconds

@@ -37,7 +37,7 @@ LETTERS = st.characters(codec="utf-8", exclude_categories=["Cs"])
         ("nats://u:p@ss:w/rd@h:1", "nats://h:1", Login(user="u", password="p@ss:w/rd")),
     ],
 )
-def test_an_address_is_taken_apart(text: str, url: str, login: Login | None) -> None:
+def test_an_address_is_split_into_its_parts(text: str, url: str, login: Login | None) -> None:
     [address] = parse_addresses(text)
 
     assert (address.url, address.login) == (url, login)
@@ -78,7 +78,7 @@ def test_spaces_and_empty_parts_of_a_list_are_left_out_and_it_is_shown_as_writte
         ("nats://h:1/path", "has text after its port"),
     ],
 )
-def test_what_is_no_address_is_refused_with_the_reason(text: str, words: str) -> None:
+def test_an_invalid_address_is_refused_with_the_reason(text: str, words: str) -> None:
     with pytest.raises(BusUnavailable) as caught:
         parse_addresses(text)
 

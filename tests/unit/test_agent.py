@@ -33,7 +33,7 @@ async def test_run_returns_the_result_of_a_job_or_a_plain_description(make: Make
     assert result.steps == 1
 
 
-async def test_the_model_is_told_prompt_task_context_and_inputs(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_the_request_has_prompt_task_context_and_inputs(server: OpenAIServer, make: MakeAgent) -> None:
     job = RunRequest(task_id="t1", description="Sum up.", context={"lang": "de"}, inputs={"s1": "eins", "s2": "zwei"})
     await make(system_prompt="Be brief.").run(job)
     system, user = server.requests[0].messages

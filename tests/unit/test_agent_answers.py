@@ -66,7 +66,7 @@ STOP = StreamChunk(finish_reason="stop")
         ([], "$"),
     ],
 )
-async def test_an_answer_without_text_says_why(answer: list[StreamChunk], why: str) -> None:
+async def test_an_answer_without_text_gives_the_reason(answer: list[StreamChunk], why: str) -> None:
     with pytest.raises(AgentFailed, match="^the model ended without an answer" + why):
         await events_of(Scripted(answer).agent())
 
@@ -75,12 +75,12 @@ async def test_an_answer_without_text_says_why(answer: list[StreamChunk], why: s
     ("answer", "why"),
     [([THOUGHT, CUT], "went into reasoning"), ([StreamChunk(refusal="No.", finish_reason="stop")], "it refused: No.")],
 )
-async def test_a_whole_answer_without_text_says_why(answer: list[StreamChunk], why: str) -> None:
+async def test_a_whole_answer_without_text_gives_the_reason(answer: list[StreamChunk], why: str) -> None:
     with pytest.raises(AgentFailed, match=why):
         await events_of(Scripted(answer).agent(stream=False))
 
 
-async def test_reasoning_that_took_what_the_budget_left_names_the_budget() -> None:
+async def test_reasoning_that_used_the_rest_of_the_budget_names_the_budget() -> None:
     job = RunRequest(task_id="t1", description="x", token_budget=500)
     answer = [THOUGHT, StreamChunk(finish_reason="length", usage=Usage(prompt_tokens=5, completion_tokens=400))]
     with pytest.raises(AgentFailed, match="tokens that the task's token_budget left went into reasoning"):
@@ -99,7 +99,7 @@ async def test_a_refusal_after_a_round_with_text_is_a_failure() -> None:
         await events_of(provider.agent(add))
 
 
-async def test_an_answer_given_beside_a_call_counts_when_the_last_turn_is_empty() -> None:
+async def test_an_answer_next_to_a_call_counts_when_the_last_turn_is_empty() -> None:
     provider = Scripted(wanting(ADD, text="It is five."), [STOP])
 
     assert (await provider.agent(add).run(JOB)).content == "It is five."
@@ -121,7 +121,7 @@ async def test_the_model_gets_the_wanted_schema_as_response_format(server: OpenA
     assert "JSON alone" in asked.messages[-1]["content"]
 
 
-async def test_beside_tools_the_prompt_alone_has_the_schema(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_with_tools_the_schema_is_in_the_prompt_alone(server: OpenAIServer, make: MakeAgent) -> None:
     server.script(Reply(tool_calls=(("add", '{"a":40,"b":40}'),)), Reply(text='The port is {"port": 80}.'))
 
     assert (await make(add).run(WANTS_JSON)).content == '{"port": 80}'
@@ -181,7 +181,7 @@ async def test_a_refused_request_without_a_schema_is_not_sent_again(server: Open
         ' {"port": 80}\n',
     ],
 )
-async def test_what_surrounds_wanted_json_is_taken_off(text: str, streaming: bool) -> None:
+async def test_text_around_requested_json_is_removed(text: str, streaming: bool) -> None:
     result = await Scripted(answering(text)).agent(stream=streaming).run(WANTS_JSON)
 
     assert result.content == '{"port": 80}'
@@ -236,7 +236,7 @@ def test_a_search_for_json_in_hostile_text_ends_soon(text: str) -> None:
     assert MAX_CANDIDATES < 100
 
 
-def test_what_is_accepted_is_put_into_words() -> None:
+def test_the_accepted_answers_are_described_in_words() -> None:
     accept = Accept(contains=("a\nb", "c"), pattern="^x+$", rubric="Be kind.", json_schema=SCHEMA)
     words = acceptance(accept)
 

@@ -89,7 +89,7 @@ def test_a_setting_that_can_be_used_is_kept(setting: str, value: Any) -> None:
     assert getattr(AgentConfig(**{setting: value}), setting) == value
 
 
-def test_a_provider_that_is_unknown_is_answered_by_what_is_possible() -> None:
+def test_an_unknown_provider_is_refused_with_the_possible_ones() -> None:
     with pytest.raises(ValueError, match=r"known: openai, .*complete.*stream"):
         AgentConfig(provider="anthropic")
 
@@ -249,7 +249,7 @@ class Foreign:
         yield StreamChunk(text="x", finish_reason="stop")
 
 
-def test_a_provider_of_ones_own_may_take_its_model_from_anywhere() -> None:
+def test_a_custom_provider_may_take_its_model_from_anywhere() -> None:
     with capture_logs() as logs:
         Runtime(Foreign()).add_agent(name="a", config=AgentConfig(model="big"))
 
@@ -259,7 +259,7 @@ def test_a_provider_of_ones_own_may_take_its_model_from_anywhere() -> None:
 @pytest.mark.parametrize(
     "given", [{"provider": Foreign()}, {"config": AgentConfig()}, {"tools": [len]}, {"system_prompt": ""}]
 )
-def test_what_has_no_effect_beside_a_finished_agent_is_refused(given: dict[str, Any]) -> None:
+def test_options_without_effect_on_a_finished_agent_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(
         LoomError, match=f"leave out the agent or {next(iter(given))}: only an agent that add_agent makes"
     ):

@@ -30,7 +30,7 @@ async def test_an_answer_without_end_is_a_failure(server: OpenAIServer, make: Ma
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("told", [None, (0, 0)])
-async def test_cost_is_estimated_when_the_model_does_not_tell(
+async def test_cost_is_estimated_when_the_model_reports_no_usage(
     server: OpenAIServer, make: MakeAgent, told: tuple[int, int] | None, streaming: bool
 ) -> None:
     server.script(Reply(text="x" * 400, usage=told))
@@ -40,20 +40,20 @@ async def test_cost_is_estimated_when_the_model_does_not_tell(
     assert result.prompt_tokens >= estimate_tokens(JOB.description)
 
 
-async def test_a_budget_bounds_the_answer_that_is_asked_for(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_a_budget_bounds_the_length_of_the_requested_answer(server: OpenAIServer, make: MakeAgent) -> None:
     await make().run(RunRequest(task_id="t1", description="Hi", token_budget=200))
 
     assert 0 < server.requests[0].body["max_tokens"] < 200
 
 
-async def test_a_question_beyond_the_budget_is_never_asked(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_a_request_beyond_the_budget_is_never_sent(server: OpenAIServer, make: MakeAgent) -> None:
     with pytest.raises(BudgetExceeded):
         await make().run(RunRequest(task_id="t1", description="Hi " * 500, token_budget=50))
 
     assert not server.requests
 
 
-async def test_an_overspent_budget_is_a_failure_with_what_there_is(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_an_overspent_budget_is_a_failure_with_the_answer_so_far(server: OpenAIServer, make: MakeAgent) -> None:
     server.script(Reply(text="expensive", usage=(900, 200)))
     with pytest.raises(BudgetExceeded) as caught:
         await make().run(RunRequest(task_id="t1", description="Hi", token_budget=1000))
@@ -120,7 +120,7 @@ async def failure_of(agent: Agent, job: RunRequest = JOB) -> LoomError:
         [KeyboardInterrupt()],
     ],
 )
-async def test_a_provider_that_fails_last_does_not_hide_what_was_spent(last: list[Any], streaming: bool) -> None:
+async def test_a_provider_that_fails_last_does_not_hide_the_spent_tokens(last: list[Any], streaming: bool) -> None:
     provider = Scripted(costing(wanting(ADD, text="One moment."), 1000, 500), last)
     error = await failure_of(provider.agent(add, stream=streaming))
 
@@ -156,7 +156,7 @@ async def test_a_useless_answer_is_paid_for(answer: list[StreamChunk]) -> None:
     assert error.spent.tokens_used == 1500
 
 
-async def test_a_budget_that_ends_the_job_shows_what_was_spent() -> None:
+async def test_a_budget_that_ends_the_job_shows_the_spent_tokens() -> None:
     provider = Scripted(costing(wanting(ADD), 300, 50), costing(wanting(ADD), 600, 100))
     error = await failure_of(provider.agent(add), RunRequest(task_id="t1", description="Hi", token_budget=1000))
 
@@ -164,7 +164,7 @@ async def test_a_budget_that_ends_the_job_shows_what_was_spent() -> None:
     assert error.spent.tokens_used == 1050
 
 
-async def test_a_budget_too_small_for_the_next_question_shows_what_was_spent() -> None:
+async def test_a_budget_too_small_for_the_next_request_shows_the_spent_tokens() -> None:
     provider = Scripted(costing(wanting(ADD), 500, 100))
     error = await failure_of(provider.agent(add), RunRequest(task_id="t1", description="Hi", token_budget=700))
 
@@ -173,7 +173,7 @@ async def test_a_budget_too_small_for_the_next_question_shows_what_was_spent() -
 
 
 @pytest.mark.parametrize("where", ["tool", "stream"])
-async def test_a_missed_deadline_does_not_hide_what_was_spent(where: str) -> None:
+async def test_a_missed_deadline_does_not_hide_the_spent_tokens(where: str) -> None:
     class Slow(Scripted):
         async def stream(self, params: CompletionParams) -> AsyncIterator[Any]:
             if self.asked:

@@ -20,7 +20,7 @@ from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, To
 from loom.schemas.run import RunRequest
 
 
-async def test_a_wait_the_models_server_asks_for_reaches_the_caller(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_the_retry_after_of_the_models_server_reaches_the_caller(server: OpenAIServer, make: MakeAgent) -> None:
     server.script(Reply(status=429, headers={"Retry-After": "60"}))
     with pytest.raises(AgentFailed) as caught:
         await make().run(RunRequest(task_id="t1", description="x", remaining_s=3600))
@@ -42,7 +42,7 @@ class Broken:
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("error", [ValueError("boom"), TimeoutError(), asyncio.CancelledError(), SystemExit()])
-async def test_whatever_a_provider_raises_is_a_failure(error: BaseException, streaming: bool) -> None:
+async def test_every_exception_of_a_provider_is_a_failure(error: BaseException, streaming: bool) -> None:
     with pytest.raises(AgentFailed, match="the model could not answer"):
         await events_of(Agent(Broken(error), AgentConfig(stream=streaming)))
 
@@ -215,7 +215,7 @@ async def test_a_provider_with_neither_method_is_a_failure_with_a_sentence() -> 
         await events_of(Agent(object()))  # type: ignore[arg-type]
 
 
-async def test_a_stream_that_is_no_asynchronous_iterator_is_a_failure_with_a_sentence() -> None:
+async def test_a_stream_that_is_not_an_async_iterator_is_a_failure_with_a_sentence() -> None:
     class Stream:
         def stream(self, _params: CompletionParams) -> list[str]:
             return ["fine"]

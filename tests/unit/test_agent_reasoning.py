@@ -100,12 +100,12 @@ async def test_a_block_of_thoughts_before_a_call_stays_out_of_the_history() -> N
         ("<think>a</think>b <think>c</think>", "a", "b <think>c</think>"),
     ],
 )
-def test_thoughts_are_taken_off_at_the_start_alone(text: str, thoughts: str, answer: str) -> None:
+def test_thoughts_are_removed_at_the_start_alone(text: str, thoughts: str, answer: str) -> None:
     assert without_thoughts(text) == (thoughts, answer)
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<", "think", ">", "/", " ", "\n", "a", "<thi", "nk>"])))
-def test_pieces_show_what_the_whole_text_shows(pieces: list[str]) -> None:
+def test_a_text_in_pieces_is_shown_like_the_whole_text(pieces: list[str]) -> None:
     block = ThinkBlock()
     parts = [*map(block.split, pieces), block.rest()]
 

@@ -74,7 +74,7 @@ async def test_no_more_than_eight_calls_run_at_a_time(server: OpenAIServer, make
         (("subtract", "{}"), "there is no tool of that name; there are: add"),
     ],
 )
-async def test_a_mistaken_call_is_told_to_the_model(
+async def test_a_mistaken_call_is_reported_to_the_model(
     server: OpenAIServer, make: MakeAgent, call: tuple[str, str], told: str
 ) -> None:
     server.script(Reply(tool_calls=(call,)), Reply(text="sorry"))
@@ -93,7 +93,7 @@ async def test_an_event_shows_a_long_result_in_part(server: OpenAIServer, make: 
     assert len(server.requests[1].messages[-1]["content"]) == 5000
 
 
-async def test_tools_learn_for_whom_they_run(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_tools_receive_the_key_and_the_context_of_their_run(server: OpenAIServer, make: MakeAgent) -> None:
     def whoami(context: ToolContext) -> str:
         return f"{context.key} {context.tool_context['user']} {context.remaining_s > 0}"
 
@@ -141,7 +141,7 @@ def repeating(server: OpenAIServer) -> None:
     server.answer = lambda request: Reply(tool_calls=(("look", f'{{"where":{" " * len(request.messages)}"here"}}'),))
 
 
-async def test_a_call_repeated_a_third_time_is_not_run_and_the_model_told(
+async def test_a_third_equal_call_is_not_run_and_is_reported_to_the_model(
     server: OpenAIServer, make: MakeAgent
 ) -> None:
     ran = []
@@ -177,7 +177,7 @@ async def test_the_same_call_five_rounds_running_is_a_failure(server: OpenAIServ
     assert len(server.requests) == 5
 
 
-async def test_a_round_of_other_calls_in_between_begins_anew(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_a_round_of_other_calls_in_between_resets_the_count(server: OpenAIServer, make: MakeAgent) -> None:
     calls = ['{"a":1,"b":1}', '{"a":1,"b":1}', '{"a":1,"b":2}'] * 2
     server.script(*(Reply(tool_calls=(("add", call),)) for call in calls), Reply(text="done"))
 
@@ -193,7 +193,7 @@ async def test_tools_without_end_are_stopped_by_the_step_budget(server: OpenAISe
     assert (result.content, result.steps, len(server.requests)) == ("so far", 4, 4)
 
 
-async def test_different_calls_are_no_circle(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_different_calls_are_not_a_repetition(server: OpenAIServer, make: MakeAgent) -> None:
     server.script(*(Reply(tool_calls=(("add", f'{{"a":{n},"b":1}}'),)) for n in range(5)), Reply(text="done"))
 
     assert (await make(add).run(JOB)).steps == 6
@@ -295,7 +295,9 @@ class Odd(BaseException):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("threaded", [True, False])
-async def test_whatever_a_tool_raises_is_a_result_and_the_run_goes_on(error: BaseException, threaded: bool) -> None:
+async def test_every_exception_of_a_tool_is_a_result_and_the_run_continues(
+    error: BaseException, threaded: bool
+) -> None:
     def work() -> str:
         raise error
 
@@ -323,9 +325,7 @@ async def test_arguments_too_deep_for_an_event_are_not_shown() -> None:
     assert provider.asked[1].messages[-1].content == "1"
 
 
-async def test_each_call_of_a_job_has_a_key_of_its_own_also_among_equal_ones(
-    server: OpenAIServer, make: MakeAgent
-) -> None:
+async def test_each_call_of_a_job_has_its_own_key_even_among_equal_calls(server: OpenAIServer, make: MakeAgent) -> None:
     paid: list[tuple[str, str]] = []
 
     @tool
@@ -394,7 +394,7 @@ async def cancels_itself() -> str:
         (Tool(lambda: ToolResult(5), name="work"), "5"),  # type: ignore[arg-type]
     ],
 )
-async def test_whatever_a_tool_does_the_model_goes_on(made: Tool, shown: str) -> None:
+async def test_the_model_continues_after_any_tool_failure(made: Tool, shown: str) -> None:
     provider = Scripted(wanting(ToolCall(id="a", name="work", arguments="{}")), answering("on"))
     result = await provider.agent(made).run(JOB)
 

@@ -49,7 +49,7 @@ def test_a_body_without_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @given(pieces=st.lists(st.binary(max_size=30) | st.sampled_from([b"data: ", b"{", b"\n", b"\n\n", b"event: error\n"])))
-def test_whatever_bytes_a_server_sends_are_read(pieces: list[bytes]) -> None:
+def test_any_bytes_of_a_server_are_read(pieces: list[bytes]) -> None:
     body = BodyReader()
     values = [value for piece in pieces for value in body.feed(piece)]
 

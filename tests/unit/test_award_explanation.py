@@ -50,7 +50,7 @@ def award(*bids: ScoredBid, **facts: Any) -> Award:
         ([bid("a"), bid("b")], "they are equal, and the task's id decided."),
     ],
 )
-def test_one_sentence_says_why_the_winner_won(policy: str, bids: list[ScoredBid], said: str) -> None:
+def test_one_sentence_explains_the_award(policy: str, bids: list[ScoredBid], said: str) -> None:
     assert re.search(said.replace("(", r"\(").replace(")", r"\)"), why(award(*bids, policy=policy)))
 
 
@@ -67,7 +67,7 @@ def test_one_sentence_says_why_the_winner_won(policy: str, bids: list[ScoredBid]
         ("shop:fair", "shop:fair trusts it more, 0.80 against 0.40.", "shop:fair trusts it less, 0.50 against 0.60."),
     ],
 )
-def test_what_is_not_trusted_by_evidence_is_not_explained_by_it(policy: str, more: str, less: str) -> None:
+def test_trust_without_evidence_is_not_explained_by_evidence(policy: str, more: str, less: str) -> None:
     """The winner of all these has the worse evidence."""
     poor = {"evidence": 0.1, "count": 50, "self_rating": 0.1}
     good = {"evidence": 0.9, "count": 50, "bonus": 0.1}
@@ -107,13 +107,13 @@ TOTAL = "total = 0.6 trust + 0.25 (1 - load) + 0.15 tools"
         ),
     ],
 )
-def test_the_breakdown_says_what_trust_was_made_of(policy: str, known: str, unknown: str, trust: str) -> None:
+def test_the_breakdown_lists_the_terms_of_trust(policy: str, known: str, unknown: str, trust: str) -> None:
     assert rests_on(award(bid("a"), policy=policy, evidence_seq=7)) == f"{known}; {TOTAL}, {trust}."
     assert rests_on(award(bid("a"), policy=policy)) == f"{unknown}; {TOTAL}, {trust}."
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_of_ours_has_words_of_its_own(name: str) -> None:
+def test_every_built_in_policy_has_its_own_explanation(name: str) -> None:
     bids = [(key("h1"), Bid(node_id="a")), (key("h2"), Bid(node_id="b"))]
     won = awarded(envelope(ad(), now=0), bids, AuctionContext(policy=POLICIES[name], policy_name=name))
 
@@ -122,14 +122,14 @@ def test_every_policy_of_ours_has_words_of_its_own(name: str) -> None:
     assert f"{name} trusts it" not in why(won)
 
 
-def test_an_award_that_does_not_tell_its_policy_is_explained_by_evidence() -> None:
+def test_an_award_without_a_policy_is_explained_by_evidence() -> None:
     old = decode(encode(award(bid("a", self_rating=0.9), bid("b"))), Award)
 
     assert b"policy" not in encode(old)
     assert "it is trusted more, for a claim of 0.90" in why(old)
 
 
-def test_newcomers_of_one_owner_are_explained_by_what_they_have_done_together() -> None:
+def test_newcomers_of_one_owner_are_explained_by_their_shared_evidence() -> None:
     first, second = bid("a", trust=0.6), replace(bid("b", trust=0.3), owner="acme", shared_count=7)
     assert "against a claim of 0.50 and the 7 attempts of acme's newcomers" in why(award(first, second))
     last = replace(bid("b", self_rating=0.9), owner="acme", comes_last=True)
@@ -138,7 +138,7 @@ def test_newcomers_of_one_owner_are_explained_by_what_they_have_done_together() 
     )
 
 
-def test_without_an_auction_nobody_was_better() -> None:
+def test_an_award_without_an_auction_names_no_better_node() -> None:
     assert "pinned" in why(Award(node_id="a", host_id="h", pinned=True))
     assert why(Award(node_id="a", host_id="h")) == "a won; the bids are not known."
 

@@ -48,7 +48,7 @@ def test_every_policy_is_a_pure_function_to_a_finite_trust(name: str, facts: Bid
     assert trust.bonus >= 0
 
 
-def test_the_little_known_get_a_bonus_that_shrinks_with_what_is_known_and_what_is_under_way() -> None:
+def test_nodes_with_little_evidence_get_a_bonus_that_shrinks_with_evidence_and_pending_awards() -> None:
     bonuses = [
         load_policy("ucb")(known(domain_reward_count=100, **facts)).bonus
         for facts in ({}, {"pending_count": 3}, {"reward_count": 20})
@@ -64,7 +64,7 @@ def test_greedy_trusts_the_mean_alone() -> None:
     ) == Trust(0.8)
 
 
-def test_thompson_draws_around_what_is_known() -> None:
+def test_thompson_samples_around_the_evidence() -> None:
     draws = [
         load_policy("thompson")(known(task_id=str(n), mean_reward=0.8, reward_count=100)).value for n in range(400)
     ]
@@ -91,11 +91,11 @@ def test_random_is_fair() -> None:
     assert all(250 < won < 350 for won in wins.values())
 
 
-def test_a_policy_of_ones_own_is_named_by_module_and_function() -> None:
+def test_a_custom_policy_is_named_by_module_and_function() -> None:
     assert load_policy("loom.phases.match.award_policies:greedy") is POLICIES["greedy"]
 
 
 @pytest.mark.parametrize("name", ["best", "no.such:thing", "math:nothing", ":", "math"])
-def test_a_policy_that_is_not_there_is_said_with_what_there_is(name: str) -> None:
+def test_an_unknown_policy_is_refused_with_the_available_ones(name: str) -> None:
     with pytest.raises(UnknownAwardPolicy, match=r"glr_ucb.*module:function"):
         load_policy(name)

@@ -11,7 +11,8 @@ from loom.phases.evaluate.rewards import reward_for
 from loom.phases.sense.calibration_reader import calibrated
 from loom.schemas.auction import Award
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import Calibration, Reward
+from loom.schemas.learning.calibration import Calibration
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
 NEW = Calibration(domain_token="code")
@@ -32,7 +33,7 @@ def guess(complexity: float = 0.5, domain: str = "code", note: str = "") -> Spec
 @pytest.mark.parametrize(
     ("tokens", "seconds", "hard"), [(0, 0, 0), (8192, 0, 0.6), (0, 30, 0.4), (4096, 15, 0.5), (99_999, 999, 1)]
 )
-def test_how_hard_a_task_was_is_told_by_what_it_took(tokens: int, seconds: float, hard: float) -> None:
+def test_the_difficulty_of_a_task_is_measured_by_tokens_and_seconds(tokens: int, seconds: float, hard: float) -> None:
     assert actual_complexity(reward(tokens=tokens, seconds=seconds)) == pytest.approx(hard)
 
 
@@ -52,7 +53,7 @@ def test_the_bias_moves_three_tenths_of_the_way_with_each_task() -> None:
         reward(kind="inherit"),
     ],
 )
-def test_only_the_rules_word_on_a_success_that_sense_had_guessed_tells_anything(nothing: Reward) -> None:
+def test_only_a_rules_reward_of_a_guessed_success_recalibrates(nothing: Reward) -> None:
     assert recalibrated(NEW, nothing, 1) is NEW
 
 
@@ -76,7 +77,7 @@ def test_a_guess_is_corrected_within_bounds_from_three_tasks_on(complexity: floa
         assert spec.complexity == pytest.approx(min(1.0, max(0.0, complexity + bias)), abs=1e-4)
 
 
-def test_a_correction_says_so_beside_what_was_noted() -> None:
+def test_a_correction_is_noted_after_earlier_notes() -> None:
     spec = calibrated(guess(0.5, note="the model could not be asked"), {"code": replace(NEW, bias=-0.2, count=7)})
     assert spec.note == "the model could not be asked; complexity 0.50 by itself, -0.20 by 7 tasks before"
 
@@ -96,7 +97,7 @@ def ended(**facts: Any) -> Envelope:
     )  # fmt: skip
 
 
-def test_a_reward_tells_the_guess_itself_of_a_task_done_whole_by_its_node() -> None:
+def test_a_reward_has_the_guess_of_a_task_done_whole_by_its_node() -> None:
     told = [
         reward_for(ended(), None, 1.0),
         reward_for(ended(spec=guess()), None, 1.0),

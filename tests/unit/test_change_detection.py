@@ -20,7 +20,7 @@ def test_a_drop_in_the_middle_of_noise_is_found_near_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("window", [[1.0] * 120, [0.0] * 120, [0.5] * 120, [1.0, 0.0] * 60, [1.0] * 4 + [0.0] * 3, []])
-def test_where_nothing_has_changed_nothing_is_found(window: list[float]) -> None:
+def test_without_a_change_no_change_is_detected(window: list[float]) -> None:
     assert change_point(window) is None
 
 
@@ -37,7 +37,7 @@ def test_better_and_worse_are_treated_alike(window: list[float]) -> None:
 
 
 @given(scores)
-def test_what_a_split_explains_is_the_divergence_of_its_parts_from_the_whole(window: list[float]) -> None:
+def test_the_gain_of_a_split_is_the_divergence_of_its_parts_from_the_whole(window: list[float]) -> None:
     """i·kl(m1, m) + (n - i)·kl(m2, m), as the docs have it."""
     n, total = len(window), sum(window)
     for i in range(1, n):

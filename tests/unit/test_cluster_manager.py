@@ -146,7 +146,7 @@ def test_an_empty_cluster_has_no_winner() -> None:
     assert winner() is None
 
 
-def test_a_pinned_ad_hears_one_node_only() -> None:
+def test_a_pinned_ad_gets_a_bid_of_one_node_only() -> None:
     ad = TaskAd(domain="code", description="x", node_id="weak")
 
     assert winner(node("strong", 1), node("weak", 0), ad=ad) == "weak"

@@ -183,7 +183,7 @@ def test_each_mend_changes_the_request() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_what_is_none_is_left_out(stream: bool) -> None:
+async def test_fields_of_none_are_left_out(stream: bool) -> None:
     params = CompletionParams(messages=ASK.messages, temperature=None, max_tokens=None, timeout_s=10)
     async with serving(extra={"stream_options": None}) as (model, provider):
         await answered(provider, params, stream=stream)
@@ -219,7 +219,7 @@ async def test_options_of_tools_are_sent_only_with_tools(tools: tuple[ToolDefini
     assert ({"parallel_tool_calls", "tool_choice"} <= model.requests[0].body.keys()) is bool(tools)
 
 
-async def test_an_odd_response_format_of_ones_own_is_sent_as_it_is() -> None:
+async def test_a_custom_response_format_is_sent_unchanged() -> None:
     async with serving(Reply(text="{}"), extra={"response_format": "json"}) as (model, provider):
         await provider.complete(STRUCTURED)
 

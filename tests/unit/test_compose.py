@@ -138,7 +138,7 @@ def test_only_the_services_that_ask_a_model_get_its_key(file: str, name: str) ->
 
 
 @pytest.mark.parametrize(("file", "name"), LASTING)
-def test_the_health_check_looks_for_a_connection_to_the_port_of_the_servers(file: str, name: str) -> None:
+def test_the_health_check_requires_a_connection_to_the_port_of_the_servers(file: str, name: str) -> None:
     service = service_of(file, name)
     kind, program, *words = service["healthcheck"]["test"]
     ports = {url.rpartition(":")[2] for url in service["environment"]["NATS_URL"].split(",")}

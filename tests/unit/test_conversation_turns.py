@@ -52,7 +52,7 @@ def test_a_job_without_a_conversation_has_one_message() -> None:
         [{"role": "user", "content": [{"type": "image_url"}, {"text": 7}, 7]}],
     ],
 )
-def test_what_is_not_a_turn_is_left_out(conversation: Any) -> None:
+def test_a_value_that_is_not_a_turn_is_left_out(conversation: Any) -> None:
     request = job(conversation)
 
     assert request.messages == (UserMessage("Who am I?"),)

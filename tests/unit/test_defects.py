@@ -23,14 +23,15 @@ from loom.phases.evaluate.rewards import reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import RunRequest
 
 TESTS = Path(__file__).parents[1]
 COVERED = {
     "a failure of the model counted as a success": [
-        "unit/test_defects.py::test_whatever_goes_wrong_with_a_model_is_a_loss_in_the_profile",
-        "unit/test_agent_providers.py::test_whatever_a_provider_raises_is_a_failure",
+        "unit/test_defects.py::test_every_failure_of_a_model_is_a_loss_in_the_profile",
+        "unit/test_agent_providers.py::test_every_exception_of_a_provider_is_a_failure",
         "unit/test_agent_answers.py::test_an_end_without_any_text_is_a_failure",
         "unit/test_evaluate_policy.py::test_an_empty_result_is_refused",
         "chaos/test_llm_faults.py::test_every_fault_of_a_model_ends_the_task_as_it_should",
@@ -38,12 +39,12 @@ COVERED = {
     "unused nodes that die on the first submit": [
         "unit/test_lifecycle.py::test_a_first_task_leaves_unused_nodes_alone",
         "unit/test_lifecycle.py::test_a_node_without_history_is_healthy_however_long_it_idles",
-        "unit/test_apoptosis.py::test_nobody_is_condemned_for_the_lack_of_history_or_at_the_threshold",
+        "unit/test_apoptosis.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
         "e2e/test_runtime.py::test_unused_nodes_stay_healthy",
     ],
     "streamed runs that cost nothing": [
-        "unit/test_defects.py::test_a_streamed_run_costs_what_it_would_have_cost_whole",
-        "unit/test_agent_limits.py::test_cost_is_estimated_when_the_model_does_not_tell",
+        "unit/test_defects.py::test_a_streamed_run_costs_the_same_as_a_whole_one",
+        "unit/test_agent_limits.py::test_cost_is_estimated_when_the_model_reports_no_usage",
         "unit/test_openai_provider.py::test_a_streamed_answer_comes_in_pieces_and_ends_with_usage_and_reason",
     ],
     "failing fast that pays": [
@@ -51,12 +52,12 @@ COVERED = {
         "unit/test_evaluate_policy.py::test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise",
     ],
     "decay that is a cliff": [
-        "unit/test_reward_formulas.py::test_a_day_hardly_matters_and_there_is_no_cliff",
+        "unit/test_reward_formulas.py::test_the_decay_of_a_day_is_small_and_continuous",
         "unit/test_reward_formulas.py::test_a_claim_without_any_reward_does_not_fade",
         "unit/test_match_policy.py::test_idle_knowledge_fades_towards_the_claim",
     ],
     "losses counted twice": [
-        "unit/test_defects.py::test_a_loss_is_counted_once_however_often_it_is_told",
+        "unit/test_defects.py::test_a_loss_is_counted_once_despite_repeated_delivery",
         "unit/test_reward_formulas.py::test_a_loss_counts_once_and_a_success_ends_the_row",
         "chaos/test_learning_kills.py::test_profiles_equal_a_rebuild_while_adapt_match_and_evaluate_are_killed",
     ],
@@ -65,9 +66,9 @@ COVERED = {
         "e2e/test_learning.py::test_a_domains_bias_is_read_under_the_key_it_is_written_under"
     ],
     "outputs that are not passed along": [
-        "bus/test_plans.py::test_what_waits_begins_as_soon_as_its_own_needs_are_met",
+        "bus/test_plans.py::test_a_waiting_subtask_begins_as_soon_as_its_own_needs_are_met",
         "unit/test_planner.py::test_dependents_get_the_outputs_they_asked_for_and_no_others",
-        "unit/test_agent.py::test_the_model_is_told_prompt_task_context_and_inputs",
+        "unit/test_agent.py::test_the_request_has_prompt_task_context_and_inputs",
         "e2e/test_division.py::test_a_diamond_runs_on_two_node_processes_and_is_put_together",
     ],
     "memories mixed between tasks at the same time": [
@@ -84,7 +85,7 @@ COVERED = {
 
 
 @pytest.mark.parametrize("defect", COVERED)
-def test_every_test_against_a_defect_is_there(defect: str) -> None:
+def test_every_test_against_a_defect_exists(defect: str) -> None:
     for path, _, name in (where.partition("::") for where in COVERED[defect]):
         tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
         assert name in {
@@ -141,7 +142,7 @@ def learned(*tasks: Envelope) -> tuple[NodeProfile, list[Reward]]:
     ],
     ids=["401", "400", "nothing", "blank", "withheld"],
 )
-async def test_whatever_goes_wrong_with_a_model_is_a_loss_in_the_profile(
+async def test_every_failure_of_a_model_is_a_loss_in_the_profile(
     server: OpenAIServer, provider: OpenAIProvider, reply: Reply, streaming: bool
 ) -> None:
     server.answer = lambda _request: reply
@@ -151,9 +152,7 @@ async def test_whatever_goes_wrong_with_a_model_is_a_loss_in_the_profile(
     assert (profile.success_rate, profile.domains["code"].mean, profile.consecutive_losses) == (0, 0, 1)
 
 
-async def test_a_streamed_run_costs_what_it_would_have_cost_whole(
-    server: OpenAIServer, provider: OpenAIProvider
-) -> None:
+async def test_a_streamed_run_costs_the_same_as_a_whole_one(server: OpenAIServer, provider: OpenAIProvider) -> None:
     server.answer = lambda _request: Reply(text="It is five.", usage=(1500, 500))
     streamed, whole = [await ended(Agent(provider, AgentConfig(stream=stream))) for stream in (True, False)]
     profile, rewards = learned(streamed, replace(whole, ad=replace(whole.ad, task_id="another")))
@@ -163,7 +162,7 @@ async def test_a_streamed_run_costs_what_it_would_have_cost_whole(
     assert profile.tokens == 4000
 
 
-async def test_a_loss_is_counted_once_however_often_it_is_told() -> None:
+async def test_a_loss_is_counted_once_despite_repeated_delivery() -> None:
     def fails(_text: str) -> str:
         raise RuntimeError("no")
 

@@ -73,7 +73,7 @@ def test_a_model_sees_a_task_and_a_domain() -> None:
         (None, "ended as cancelled"),
     ],
 )
-def test_a_failure_says_what_failed_once(error: TaskError | None, says: str) -> None:
+def test_a_failure_names_its_cause_once(error: TaskError | None, says: str) -> None:
     state: Any = "failed" if error else "cancelled"
     raised = delegation_error(TaskResult(task_id="c", state=state, error=error))
     assert raised.message.endswith(says)
@@ -87,22 +87,22 @@ def delegator(**facts: Any) -> Delegator:
     return Delegator(run(**facts), RunQueue(1, 1), lambda: None)
 
 
-def test_without_a_limit_an_agent_grants_what_it_likes() -> None:
+def test_without_a_limit_an_agent_grants_any_budget() -> None:
     assert (delegator()._grant(None), delegator()._grant(500)) == (None, 500)
 
 
-def test_a_grant_is_half_of_what_is_left_or_what_is_asked_and_never_more_than_there_is() -> None:
+def test_a_grant_is_half_of_the_rest_or_the_requested_amount_within_the_rest() -> None:
     one = delegator(token_budget=100)
     assert (one._grant(None), one._grant(30), one._grant(1000)) == (50, 30, 100)
-    one.own_tokens = 40
+    one.report_tokens(40)
     one.run.add_tokens(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
     assert one._grant(1000) == 30
-    one.own_tokens = 70
+    one.report_tokens(70)
     with pytest.raises(BudgetExceeded, match="none of the task's 100 tokens"):
         one._grant(1)
 
 
-def test_what_others_took_counts_once_and_too_much_is_too_dear() -> None:
+def test_tokens_of_others_count_once_and_too_many_exceed_the_budget() -> None:
     one = delegator(token_budget=100)
     own = RunResult(content="x", prompt_tokens=30, completion_tokens=30)
     assert (one.overspent(own), one.run.with_delegated_usage(own), one.run.with_delegated_usage(None)) == (
@@ -125,7 +125,7 @@ def test_what_others_took_counts_once_and_too_much_is_too_dear() -> None:
 # -- slots
 
 
-def test_who_waits_for_others_frees_a_slot_and_gets_the_next_one_before_newcomers() -> None:
+def test_a_waiting_run_frees_its_slot_and_resumes_before_newcomers() -> None:
     room = RunQueue(1, 5)
     first, second, third = run("1"), run("2"), run("3", priority="critical")
     for one in (first, second, third):
@@ -204,7 +204,7 @@ def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> N
 @pytest.mark.parametrize(
     ("asked", "left", "granted"), [(None, None, None), (5, None, 5), (None, 7, 7), (5, 7, 5), (9, 7, 7)]
 )
-def test_delegated_work_gets_what_is_asked_and_no_more_than_is_left(
+def test_delegated_work_gets_the_requested_budget_within_the_rest(
     asked: int | None, left: int | None, granted: int | None
 ) -> None:
     child = delegated_envelope(parent(budget=left), ad(task_id="c", token_budget=asked), CONFIG)
@@ -247,7 +247,7 @@ def spent(tokens: int) -> RunResult:
     return RunResult(prompt_tokens=tokens)
 
 
-def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None:
+def test_the_cost_of_work_includes_failed_attempts_and_counts_none_twice() -> None:
     result = RunResult(content="x", prompt_tokens=4, completion_tokens=3)
     split = Split(parent="p", depth=1, grant=100, deadline=0)
     asked = {"sense": PhaseUsage(requests=1, prompt_tokens=20, completion_tokens=2)}
@@ -260,7 +260,7 @@ def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None
     assert total_tokens(ended(result=result, split=split, budget=100)) == 7
 
 
-def test_the_answer_a_run_gets_tells_all_that_was_taken_and_fits_a_message() -> None:
+def test_the_answer_to_a_run_has_all_costs_and_fits_a_message() -> None:
     result = RunResult(content="数" * 100_000, prompt_tokens=4, completion_tokens=3)
     answer = result_for_run(ended(result=result, spent=spent(10)))
     assert (answer.prompt_tokens, answer.completion_tokens, answer.truncated) == (14, 3, True)

@@ -56,7 +56,7 @@ async def test_a_delivery_lets_others_in_once() -> None:
     await again.acquire()
 
 
-def test_slots_count_what_is_free() -> None:
+def test_slots_count_the_free_places() -> None:
     slots = Slots(4)
     slots.taken = 3
     assert slots.free == 1

@@ -21,7 +21,8 @@ from loom.phases.match.directory import HostDirectory
 from loom.phases.match.offers import UncheckedOffer
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
-from loom.schemas.learning import DomainEvidence, NodeProfile, ProfileSummary, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.summary import ProfileSummary
 
 
 class Clock:
@@ -167,7 +168,7 @@ def evidence(*scores: float, task: str = "t") -> DomainEvidence:
 
 
 @given(st.lists(messages(NodeProfile), max_size=4))
-async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_time(
+async def test_profiles_of_adapt_are_known_with_counts_means_and_newest_time(
     profiles: Sequence[NodeProfile],
 ) -> None:
     roster = HostDirectory(Bus("nats://127.0.0.1:1"))
@@ -199,7 +200,7 @@ async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None
     assert roster.ranking.best("code", 16) == ("n1",)
 
 
-async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
+async def test_only_changed_domains_are_reported_and_only_their_last_change() -> None:
     told: list[tuple[str, str, list[str]]] = []
     roster = HostDirectory(
         Bus("nats://127.0.0.1:1"),

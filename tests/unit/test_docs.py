@@ -78,7 +78,7 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(str(there.resolve().relative_to(ROOT))), target
 
 
-def test_every_test_that_shows_a_promise_is_there() -> None:
+def test_every_test_named_for_a_promise_exists() -> None:
     named = re.findall(r"`(\w+/test_\w+\.py)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
     assert len(set(named)) > 10
     assert [name for name in named if not (DOCS.parent / "tests" / name).exists()] == []

@@ -18,10 +18,10 @@ def look(*, waiting: int = 0, last_reward: int = 0, **reports: Health) -> Look:
 def verdicts(before: Look, after: Look | None = None) -> dict[str, str]:
     found = list(judged(before, after or before))
     assert all(finding.todo for finding in found)
-    return {finding.about: f"{finding.mark}: {finding.says}" for finding in found}
+    return {finding.about: f"{finding.mark}: {finding.message}" for finding in found}
 
 
-def test_a_phase_at_rest_or_at_work_is_well() -> None:
+def test_an_idle_or_working_phase_is_ok() -> None:
     assert verdicts(look(match=Health())) == {}
     assert verdicts(look(waiting=9, match=Health(in_hand=3))) == {}
     moving = look(waiting=9, match=Health(handled=1)), look(waiting=9, match=Health(handled=2))
@@ -82,12 +82,12 @@ def left_out(at: float, **counts: int) -> DiscardReport:
     return DiscardReport(counts=counts, last="Expected `int`", at=at)
 
 
-def test_what_hosts_sent_in_vain_is_a_line_for_each_of_the_last_ten() -> None:
+def test_discarded_messages_of_hosts_are_one_line_for_each_of_the_last_ten() -> None:
     hosts = {f"h{number}": left_out(number, offers=number) for number in range(1, 13)}
     seen = Look(
         {}, 0, {"match": [Health(left_out=hosts)], "execute": [Health(left_out={"h12": left_out(99, events=1)})]}
     )
-    lines = [finding.says for finding in judged(seen, seen)]
+    lines = [finding.message for finding in judged(seen, seen)]
     assert lines[0] == "of host h12: 1 event, 12 offers (last: Expected `int`)"
     assert [line.split(":")[0] for line in lines[1:-1]] == [f"of host h{number}" for number in range(11, 2, -1)]
     assert lines[-1] == "something of 2 more hosts"

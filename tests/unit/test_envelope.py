@@ -33,7 +33,7 @@ def test_a_hop_is_added_and_the_step_counted() -> None:
     assert env.step == 5
 
 
-def test_a_phase_that_hands_a_task_to_itself_extends_its_hop() -> None:
+def test_a_phase_that_sends_a_task_to_itself_extends_its_hop() -> None:
     env = _envelope()
     for n in range(50):
         env = env.with_hop(_hop("match", at=float(n), step=n))
@@ -91,7 +91,7 @@ def test_the_auctioned_domain_is_the_specs_first_then_the_ads_then_general() -> 
     assert _envelope().domain_token == "general"
 
 
-def test_depth_is_none_for_what_a_client_submitted() -> None:
+def test_depth_is_none_for_a_submitted_task() -> None:
     assert _envelope().depth == 0
     assert _envelope(split=Split(parent="p", depth=2, deadline=9.0)).depth == 2
 
@@ -132,7 +132,7 @@ def test_the_best_of_refused_results_names_the_node_that_made_it() -> None:
     assert result.error is None
 
 
-def test_a_failure_says_why() -> None:
+def test_a_failure_gives_its_reason() -> None:
     error = TaskError(code="no_bids", message="nobody")
     result = _record(state="failed", envelope=_envelope(error=error)).to_result()
     assert result.error == error
@@ -146,7 +146,7 @@ def test_a_task_counts_the_attempts_that_were_claimed() -> None:
     assert _record(state="failed", envelope=_envelope(attempt=4), claim=Claim(attempt=3)).to_result().attempts == 3
 
 
-def test_equal_results_have_equal_hashes_whatever_the_phases_asked() -> None:
+def test_equal_results_have_equal_hashes_despite_different_phase_requests() -> None:
     usage = TaskUsage(phases={"sense": PhaseUsage(requests=1), "scale": PhaseUsage(requests=2)})
     result = TaskResult(task_id="t1", state="succeeded", usage=usage)
     assert {result, decode(encode(result), TaskResult)} == {result}

@@ -87,12 +87,12 @@ def test_facts_are_attributes_and_a_fact_an_error_lacks_is_none() -> None:
     assert BusUnavailable("why", url="nats://a").url == "nats://a"
 
 
-def test_what_is_no_fact_is_no_attribute() -> None:
+def test_a_name_that_is_not_a_fact_is_not_an_attribute() -> None:
     with pytest.raises(AttributeError):
         InvalidTask("why").nonsense  # noqa: B018
 
 
-def test_a_long_message_is_cut_to_what_the_wire_takes() -> None:
+def test_a_long_message_is_cut_to_the_limit_of_the_wire() -> None:
     error = TaskError.of(InvalidTask("x" * 5000, field="description"))
     assert decode(encode(error), TaskError) == error
     assert error.field == "description"

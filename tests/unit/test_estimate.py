@@ -74,12 +74,12 @@ def test_complexity_is_always_in_range(text: str, domains: int) -> None:
     assert 0 <= complexity_of(text, domains) <= 0.9
 
 
-def test_an_ad_that_says_both_is_taken_at_its_word() -> None:
+def test_an_ad_with_domain_and_complexity_is_not_estimated() -> None:
     spec, unsure = estimate_task(TaskAd(domain="astrology", description="Write Python", estimated_complexity=0.0))
     assert (spec.method, spec.complexity, spec.domains[0], unsure) == ("given", 0.0, "astrology", False)
 
 
-def test_a_named_domain_without_complexity_is_looked_at_not_asked_about() -> None:
+def test_a_named_domain_without_complexity_is_estimated_without_a_model() -> None:
     spec, unsure = estimate_task(TaskAd(domain="code", description="word " * 20))
     assert (spec.method, spec.complexity, unsure) == ("heuristic", pytest.approx(0.1), False)
 
@@ -90,7 +90,7 @@ def test_keywords_stand_in_for_a_missing_domain() -> None:
 
 
 @pytest.mark.parametrize("domain", ["", "   "])
-def test_an_ad_that_says_nothing_is_general_and_unsure(domain: str) -> None:
+def test_an_ad_without_a_domain_is_general_and_unsure(domain: str) -> None:
     spec, unsure = estimate_task(TaskAd(domain=domain, description="Hello"))
     assert (spec.domains, unsure) == (("general",), True)
 
@@ -128,7 +128,7 @@ def test_an_estimate_is_found_in_whatever_surrounds_it(answer: str) -> None:
         "{" * 5000,
     ],
 )
-def test_an_answer_that_is_no_estimate_is_refused(answer: str) -> None:
+def test_an_answer_that_is_not_an_estimate_is_refused(answer: str) -> None:
     with pytest.raises(Undecodable):
         read_estimate(answer)
 

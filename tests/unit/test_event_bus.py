@@ -32,7 +32,7 @@ async def test_a_pattern_matches_types_and_a_colon_is_an_underscore() -> None:
     assert seen == ["tool_call_start", "tool_call_end"]
 
 
-async def test_a_handler_that_was_taken_off_is_not_called() -> None:
+async def test_a_removed_handler_is_not_called() -> None:
     bus, seen = EventBus(), list[AgentEvent]()
     bus.on_pattern("tool:*", seen.append)
     bus.on("text_delta", seen.append)

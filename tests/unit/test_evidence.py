@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from loom.phases.adapt.evidence import apply_reward, change_between, summary
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
+from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, NodeProfile
+from loom.schemas.learning.reward import Reward
 
 EMPTY = NodeProfile(node_id="n1")
 
@@ -125,14 +126,14 @@ def test_only_so_many_domains_are_kept_the_longest_unused_go() -> None:
     assert f"d{MAX_DOMAINS + 1}" in profile.domains
 
 
-def test_a_summary_tells_counts_and_means_and_only_the_newest_scores() -> None:
+def test_a_summary_has_counts_and_means_and_only_the_newest_scores() -> None:
     profile = folded([reward(f"t{i}", ended_at=float(i), domain_token="code" if i % 2 else "data") for i in range(60)])
     told = summary(profile)
     assert sum(len(evidence.scores) for evidence in told.domains.values()) == 10
     assert [(e.count, e.mean) for e in told.domains.values()] == [(e.count, e.mean) for e in profile.domains.values()]
 
 
-def test_what_came_before_a_change_is_forgotten_and_does_not_come_back() -> None:
+def test_evidence_before_a_change_is_dropped_and_does_not_return() -> None:
     good = [reward(f"g{n}", 1.0, n) for n in range(60)]
     bad = [reward(f"b{n}", 0.0, 60 + n) for n in range(12)]
     profile, told = EMPTY, []
@@ -147,6 +148,6 @@ def test_what_came_before_a_change_is_forgotten_and_does_not_come_back() -> None
     assert again.total_tasks == profile.total_tasks == 72
 
 
-def test_without_forgetting_the_window_is_all_there_is() -> None:
+def test_without_forgetting_the_window_is_the_only_limit() -> None:
     profile = folded([reward(f"g{n}", 1.0, n) for n in range(60)] + [reward(f"b{n}", 0.0, 60 + n) for n in range(12)])
     assert profile.domains["code"].count == 72

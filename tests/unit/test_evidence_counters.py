@@ -14,7 +14,8 @@ from loom.phases.adapt.change_detection import RECENT, TEST_EVERY, change_point,
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import attempt_id, own_scores, scored
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 EMPTY = NodeProfile(node_id="n1")
 

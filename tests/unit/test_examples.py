@@ -75,7 +75,7 @@ def test_a_tables_report_ranks_correlations_and_groups(agents: ModuleType) -> No
     assert "by order_id" not in report
 
 
-def test_the_context_chooses_what_is_measured(agents: ModuleType) -> None:
+def test_the_context_chooses_the_measured_quantity(agents: ModuleType) -> None:
     assert "rain_mm by wind_from (total, share, mean)\n  N: 31.10, 46%, 7.78" in agents.thorough_data(
         job("weather.csv", measure="rain_mm")
     )
@@ -86,7 +86,7 @@ def test_the_context_chooses_what_is_measured(agents: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("table", "complaint"), [("", "no rows"), ("a,b\n", "no rows"), ("a,b\n1,2\n3\n", "row 3: 1 cells instead of 2")]
 )
-def test_a_table_that_is_none_is_refused(agents: ModuleType, inputs: Path, table: str, complaint: str) -> None:
+def test_an_invalid_table_is_refused(agents: ModuleType, inputs: Path, table: str, complaint: str) -> None:
     (inputs / "t.csv").write_text(table)
     with pytest.raises(AgentFailed, match=complaint):
         agents.quick_data(job("t.csv"))
@@ -144,7 +144,7 @@ def test_complexity_counts_every_branch_but_not_those_of_functions_inside(agents
     assert "  outer: 6\n  outer.<locals>.inner: 2\n" in review
 
 
-def test_what_is_not_python_is_refused_with_its_line(agents: ModuleType, inputs: Path) -> None:
+def test_text_that_is_not_python_is_refused_with_its_line(agents: ModuleType, inputs: Path) -> None:
     (inputs / "t.py").write_text("x = 1\ndef (\n")
     with pytest.raises(AgentFailed, match=r"t\.py, line 2: invalid syntax"):
         agents.quick_code(job("t.py"))
@@ -171,7 +171,7 @@ def test_a_summary_is_made_of_the_texts_own_sentences_in_their_order(agents: Mod
     assert [text.index(sentence) for sentence in sentences] == sorted(text.index(sentence) for sentence in sentences)
 
 
-def test_a_summary_prefers_what_the_text_is_about(agents: ModuleType) -> None:
+def test_a_summary_prefers_the_topic_of_the_text(agents: ModuleType) -> None:
     assert "Where a river has room, a flood rises more slowly" in agents.thorough_writing(job("rivers.txt"))
 
 
@@ -204,7 +204,7 @@ def test_a_link_out_of_the_inputs_folder_is_not_followed(agents: ModuleType, inp
         agents.quick_code(job("link.py"))
 
 
-def test_a_job_without_a_file_is_told_how_to_name_one(agents: ModuleType) -> None:
+def test_a_job_without_a_file_is_refused_with_the_way_to_name_one(agents: ModuleType) -> None:
     with pytest.raises(AgentFailed, match="context"):
         agents.quick_data(RunRequest(task_id="t", description="look"))
 

@@ -49,7 +49,7 @@ async def test_messages_are_read_alike_however_they_are_cut(messages: list[Seen]
     assert client.messages == messages
 
 
-async def test_what_was_left_of_a_lost_connection_is_forgotten() -> None:
+async def test_the_remainder_of_a_lost_connection_is_discarded() -> None:
     client = Heard()
     parser = FastParser(client)
     await parser.parse(b"MSG a 1 5\r\nhal")
@@ -59,7 +59,7 @@ async def test_what_was_left_of_a_lost_connection_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("rubbish", [b"HELLO there\r\n", b"x" * 5000])
-async def test_what_no_server_says_ends_the_reading(rubbish: bytes) -> None:
+async def test_bytes_outside_the_protocol_end_the_reading(rubbish: bytes) -> None:
     with pytest.raises(ProtocolError):
         await FastParser(Heard()).parse(rubbish)
 
@@ -83,7 +83,7 @@ def test_a_value_cannot_smuggle_in_a_header_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b", "a\r\n"])
-def test_a_name_that_is_none_is_refused(name: str) -> None:
+def test_an_invalid_header_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a header"):
         format_headers({name: "x"})
 
@@ -104,7 +104,7 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
         (b"\xff\xfe", None, {}),
     ],
 )
-def test_only_the_server_itself_says_a_status(raw: bytes, status: str | None, headers: dict[str, str]) -> None:
+def test_only_a_message_of_the_server_has_a_status(raw: bytes, status: str | None, headers: dict[str, str]) -> None:
     msg = Msg("a", raw_headers=raw)
     assert msg.status == status
     assert dict(msg.headers) == headers

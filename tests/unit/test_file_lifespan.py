@@ -42,7 +42,7 @@ async def test_a_lifespan_surrounds_the_body(make: Callable[[list[str]], Any]) -
     assert await seen(make) == ["entered", "body", "left"]
 
 
-async def test_a_file_without_one_just_runs() -> None:
+async def test_a_file_without_a_lifespan_runs() -> None:
     async with entered(None, FILE):
         pass
 
@@ -74,7 +74,7 @@ async def with_argument(app: Any) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("given", [7, coroutine, with_argument, dict])
-def test_what_cannot_be_a_lifespan_is_refused(given: Any) -> None:
+def test_an_invalid_lifespan_is_refused(given: Any) -> None:
     with pytest.raises(InvalidLifespan, match="lifespan must be an async generator function"):
         lifespan_of(given)
 
@@ -113,7 +113,7 @@ def not_a_manager() -> int:
         (not_a_manager, "agents.py: lifespan must be an async generator function"),
     ],
 )
-async def test_a_failure_to_begin_is_one_sentence(given: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failure_to_start_is_one_sentence(given: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ENTER_S", 0.05)
     with pytest.raises(InvalidLifespan) as caught:
         async with entered(lifespan_of(given), FILE):

@@ -183,13 +183,13 @@ def test_a_text_stays_a_text_and_a_budget_is_a_number() -> None:
 # -- costs
 
 
-def test_what_fits_as_it_is_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fitting_value_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.schemas.base._forgiving", None)
     assert decode(b'{"description": "x", "node_id": null, "context": {"a": null}}', TaskAd).context == {"a": None}
 
 
 @pytest.mark.parametrize("bad", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
-def test_a_number_that_is_not_finite_is_no_json(bad: bytes) -> None:
+def test_a_number_that_is_not_finite_is_not_json(bad: bytes) -> None:
     for raw in (b'{"duration_s": %s}' % bad, b'{"content": null, "duration_s": %s}' % bad):
         with pytest.raises(Undecodable):
             decode(raw, RunResult)

@@ -69,7 +69,7 @@ async def test_a_long_text_comes_in_pieces_and_its_result_is_cut() -> None:
     assert result.truncated
 
 
-async def test_what_is_not_text_becomes_json() -> None:
+async def test_a_value_that_is_not_text_becomes_json() -> None:
     @dataclass
     class Report:
         rows: int
@@ -86,7 +86,7 @@ async def test_a_callable_object_and_a_coroutine_behind_a_lambda_work() -> None:
     assert (await collect(FunctionAgent(lambda job: Greeter()(job.domain)), JOB)).content == "hello "
 
 
-async def test_a_sync_function_runs_beside_the_loop_and_sees_its_context_variables() -> None:
+async def test_a_sync_function_runs_off_the_loop_and_has_its_context_variables() -> None:
     tenant: ContextVar[str] = ContextVar("tenant")
     tenant.set("acme")
     entered, leave = threading.Event(), threading.Event()
@@ -131,7 +131,7 @@ RAISED = [
 
 @pytest.mark.parametrize("raised", RAISED, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("kind", ["sync", "async", "generator"])
-async def test_what_a_function_raises_is_a_failure_that_names_its_type_alone(raised: BaseException, kind: str) -> None:
+async def test_an_exception_of_a_function_is_a_failure_with_its_type_alone(raised: BaseException, kind: str) -> None:
     def sync(job: RunRequest) -> str:
         raise raised
 
@@ -230,7 +230,7 @@ def test_anything_with_a_stream_is_an_agent_and_a_function_becomes_one() -> None
 
 
 @pytest.mark.parametrize("thing", [None, 7, "agent", FunctionAgent])
-def test_what_is_no_agent_is_refused_with_a_hint(thing: Any) -> None:
+def test_an_object_that_is_not_an_agent_is_refused_with_a_hint(thing: Any) -> None:
     with pytest.raises(LoomError, match="is not an agent"):
         as_agent(thing)
 

@@ -18,7 +18,7 @@ async def complete(provider: Any, params: CompletionParams = ASK) -> CompletionR
     return await GuardedProvider(provider).complete(params)
 
 
-async def test_thoughts_before_an_answer_are_taken_off() -> None:
+async def test_thoughts_before_an_answer_are_removed() -> None:
     answer = await complete(Scripted([StreamChunk(text='<think>hm</think>{"score": 1}', finish_reason="stop")]))
 
     assert (answer.content, answer.finish_reason) == ('{"score": 1}', "stop")
@@ -46,7 +46,7 @@ async def test_a_provider_may_have_stream_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
-async def test_what_would_end_the_process_fails_the_question_alone(error: BaseException) -> None:
+async def test_an_exception_that_would_end_the_process_fails_the_request_alone(error: BaseException) -> None:
     with pytest.raises(AgentFailed, match=f"the model's provider raised {type(error).__name__}"):
         await complete(Scripted([error]))
 

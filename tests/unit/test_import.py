@@ -37,7 +37,7 @@ def test_importing_loads_neither_nats_nor_openai(statement: str) -> None:
     assert not packages & {"nats", "openai"}
 
 
-def test_every_public_name_is_there_without_loading_openai() -> None:
+def test_every_public_name_is_importable_without_loading_openai() -> None:
     packages = imported("from loom import *")[1]
 
     assert "openai" not in packages

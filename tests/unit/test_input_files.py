@@ -139,7 +139,7 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         (NODES + "nodes.append(nodes[0])\n", "agents.py: nodes[1] has the id of an earlier one, shouter"),
     ],
 )
-def test_a_file_that_gives_no_usable_nodes_is_told_why(script: Path, source: str, said: str) -> None:
+def test_a_file_without_usable_nodes_is_refused_with_the_reason(script: Path, source: str, said: str) -> None:
     script.write_text(source)
 
     with pytest.raises(InvalidFile) as caught:
@@ -150,14 +150,14 @@ def test_a_file_that_gives_no_usable_nodes_is_told_why(script: Path, source: str
 
 
 @pytest.mark.parametrize("name", ["nothing.py", "folder"])
-def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
+def test_a_path_that_is_not_a_python_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
 
     with pytest.raises(InvalidFile, match=f"{name}: no such file"):
         load_node_file(tmp_path / name)
 
 
-def test_ctrl_c_while_a_file_is_loaded_is_no_fault_of_the_file(script: Path) -> None:
+def test_ctrl_c_while_a_file_is_loaded_is_not_an_error_of_the_file(script: Path) -> None:
     script.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n")
     before = signal.getsignal(signal.SIGINT)
 

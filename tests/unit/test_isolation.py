@@ -73,7 +73,7 @@ async def test_many_are_inside_together() -> None:
         assert len(who.inside) == 100
 
 
-async def test_one_alone_waits_for_all_and_keeps_all_out() -> None:
+async def test_an_exclusive_task_waits_for_all_and_blocks_all() -> None:
     async with visitors() as who:
         who.arrive("a")
         who.arrive("b")
@@ -91,7 +91,7 @@ async def test_one_alone_waits_for_all_and_keeps_all_out() -> None:
         assert who.inside == ["c"]
 
 
-async def test_who_waits_to_be_alone_is_not_starved_by_new_arrivals() -> None:
+async def test_a_waiting_exclusive_task_is_not_starved_by_new_arrivals() -> None:
     async with visitors() as who:
         who.arrive("first")
         await settled()
@@ -135,7 +135,7 @@ async def test_a_suspect_that_comes_as_the_gate_falls_free_does_not_jump_the_que
     assert order == ["first", "second"]
 
 
-async def test_who_gives_up_waiting_leaves_the_gate_usable() -> None:
+async def test_a_cancelled_wait_leaves_the_gate_usable() -> None:
     async with visitors() as who:
         who.arrive("a")
         await settled()
@@ -182,7 +182,7 @@ steps = st.lists(
 
 @settings(deadline=None, max_examples=100)
 @given(steps=steps)
-def test_whatever_happens_a_suspect_is_alone_and_nobody_waits_before_an_open_gate(steps: list[tuple[str, int]]) -> None:
+def test_a_suspect_is_always_alone_and_an_open_gate_has_no_waiters(steps: list[tuple[str, int]]) -> None:
     async def play() -> None:
         async with visitors() as who:
             there: list[str] = []

@@ -16,7 +16,8 @@ from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
-from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 OTHER_SEEDS = range(3000, 3020)
 NEVER = 10**6
@@ -117,7 +118,7 @@ def test_a_much_better_busy_node_with_room_beats_a_bad_idle_one(
     assert award(envelope(ad(), now=0), bids, AuctionContext(profiles)).node_id == "good"
 
 
-def test_of_two_alike_the_idle_one_wins() -> None:
+def test_the_idle_one_of_two_equal_nodes_wins() -> None:
     profiles = {name: known(name, 0.8, 40) for name in ("busy", "idle")}
     bids = [(HOST, Bid(node_id="busy", load=0.3)), (HOST, Bid(node_id="idle"))]
 
@@ -158,7 +159,7 @@ def test_a_world_is_the_same_for_the_same_seed_and_specialists_drop_silently() -
     assert (world.agents(199), world.agents(200)) == (AGENTS, AGENTS + 1)
 
 
-def test_figures_of_one_who_always_knows_best_show_no_regret() -> None:
+def test_an_oracle_shows_no_regret() -> None:
     world = World(7, Setting(tasks=900))
     best = [min(range(world.agents(n)), key=lambda agent, n=n: world.regret(n, agent)) for n in range(900)]  # type: ignore[misc]
     figures = Figures.of(world, best)

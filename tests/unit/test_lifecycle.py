@@ -60,7 +60,7 @@ def test_a_node_without_history_is_healthy_however_long_it_idles() -> None:
 
 
 @pytest.mark.parametrize("failures", range(1, 10))
-def test_a_short_run_of_failures_condemns_nobody(failures: int) -> None:
+def test_a_short_run_of_failures_retires_no_node(failures: int) -> None:
     assert health(node(rewards=(0,) * failures, losses=failures))[0] == "healthy"
 
 

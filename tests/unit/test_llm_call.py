@@ -56,7 +56,7 @@ async def put(model: Model, **facts: Any) -> LLMAnswer[int]:
     return await call_llm(model, QUESTION, number, **{"within_s": 10.0, **facts})
 
 
-async def test_an_answer_comes_with_what_it_took() -> None:
+async def test_an_answer_has_its_token_usage() -> None:
     told = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
     assert await put(Model(told)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
 
@@ -224,7 +224,7 @@ async def test_a_model_that_refuses_is_not_down(answer: Any) -> None:
     assert len(model.asked) == 4 * MAX_FAILURES
 
 
-async def test_a_short_deadline_is_no_sign_that_a_model_is_down() -> None:
+async def test_a_short_deadline_does_not_mark_a_model_as_down() -> None:
     class Slow(Model):
         async def complete(self, params: CompletionParams) -> CompletionResult:
             self.asked.append(params)
@@ -257,7 +257,7 @@ def test_a_model_that_is_down_is_probed_once_in_thirty_seconds() -> None:
     assert [breaker.allow_request(), breaker.allow_request()] == [True, True]
 
 
-def test_the_phases_of_a_process_share_what_they_know_of_a_provider() -> None:
+def test_the_phases_of_a_process_share_the_state_of_a_provider() -> None:
     one, other = Model("7"), Model("7")
     assert breaker_for(one) is breaker_for(one)
     assert breaker_for(one) is not breaker_for(other)

@@ -29,7 +29,7 @@ def test_lines_go_to_the_logger_of_the_standard_library(caplog: pytest.LogCaptur
     assert caplog.record_tuples == [("loom", logging.INFO, "phases_started phases=['sense'] share='50%'")]
 
 
-def test_a_program_without_logging_sees_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_program_without_logging_prints_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
     handlers, logging.root.handlers = logging.root.handlers, []
     try:
         get_logger().info("bus_reconnected")

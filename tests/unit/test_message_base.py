@@ -114,7 +114,7 @@ def test_deep_nesting_is_undecodable_and_nothing_worse(field: str) -> None:
         b'{"description": "x"',
     ],
 )
-def test_what_is_not_the_message_is_undecodable(raw: bytes) -> None:
+def test_bytes_of_another_form_are_undecodable(raw: bytes) -> None:
     with pytest.raises(Undecodable):
         decode(raw, TaskAd)
 

@@ -24,7 +24,9 @@ from loom.schemas.base import MAX_INT, MAX_SECONDS, Message, Undecodable, decode
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Calibration, NodeProfile, Reward
+from loom.schemas.learning.calibration import Calibration
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunEvent, read_events
 from loom.schemas.task import RunResult, TaskAd, TaskError

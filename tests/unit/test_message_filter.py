@@ -22,7 +22,8 @@ from loom.runner.cli.views.message_lines import MessageLines
 from loom.schemas.auction import Award, HostAnnouncement
 from loom.schemas.envelope import PHASES, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -121,14 +122,14 @@ def test_a_task_comes_with_its_parts_and_theirs() -> None:
     assert through(MessageFilter(task="c11"), *traffic) == [4, 5, 6]
 
 
-def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
+def test_a_subtask_ended_before_the_tap_belongs_to_its_task() -> None:
     sieve = MessageFilter(task="t1")
     sieve.remember_subtask(part("c1", of="t1").message)
 
     assert through(sieve, result("c1"), result("c2")) == [0]
 
 
-def test_a_phase_gets_and_says() -> None:
+def test_a_phase_matches_its_received_and_its_sent_messages() -> None:
     traffic = (hop("t1", "match"), hop("t1", "execute"), RUN, delta("t1"), result("t1"), REWARD, learned("n1", "t1"))
 
     assert through(MessageFilter(phase="match"), *traffic) == [0]
@@ -181,7 +182,7 @@ def test_wishes_combine() -> None:
     assert through(MessageFilter(task="t1", phase="execute", node="n1", domain_token="code"), *traffic) == [0]
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_tasks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sieve_module, "REMEMBERED", 2)
     sieve = MessageFilter(node="n1")
     traffic = [hop(f"t{number}", node="n1") for number in range(3)]

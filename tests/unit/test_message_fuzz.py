@@ -52,7 +52,12 @@ from loom.schemas.dead_letter import DeadLetter
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Done, ErrorEvent, SubtaskEvent
-from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, ProfileSummary, Reward
+from loom.schemas.learning.calibration import Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
+from loom.schemas.learning.summary import ProfileSummary
 from loom.schemas.plan import SplitPlan, Subtask, parse_plan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
@@ -303,9 +308,7 @@ TARGETS = (
 @pytest.mark.parametrize("target", TARGETS, ids=[target.__name__ for target in TARGETS])
 @settings(derandomize=True, deadline=None, max_examples=60, database=None)
 @given(seed=st.integers(0, 2**32), odd=st.sampled_from([0.02, 0.1, 0.3]))
-def test_whatever_a_message_holds_only_loom_errors_come_of_it(
-    target: Callable[[Forger], None], seed: int, odd: float
-) -> None:
+def test_any_message_leads_to_loom_errors_only(target: Callable[[Forger], None], seed: int, odd: float) -> None:
     with suppress(LoomError):  # a message that is refused
         target(Forger(seed, odd))
 

@@ -74,7 +74,9 @@ def test_every_kind_of_message_has_words() -> None:
         ("dead", {"Loom-Dead-reason": "not JSON"}, ("dead", "t1", "not JSON")),
     ],
 )
-def test_what_cannot_be_read_is_still_told(family: str, headers: dict[str, str], said: tuple[str, str, str]) -> None:
+def test_an_unreadable_message_is_still_described(
+    family: str, headers: dict[str, str], said: tuple[str, str, str]
+) -> None:
     tokens = {"task_id": "t1"} if family else {}
     seen = TappedMessage(
         subject="loom.new.thing",
@@ -108,7 +110,7 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
         ("scale", {"award": AWARD}, "awarded to bob (0.00, 0 bids)"),
     ],
 )
-def test_each_step_of_a_division_is_told(phase: str, facts: dict[str, Any], said: str) -> None:
+def test_each_step_of_a_division_is_described(phase: str, facts: dict[str, Any], said: str) -> None:
     envelope = Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0, **facts)
     tokens = {"task_id": "t1", "phase": phase}
     seen = TappedMessage(subject="", family="task", tokens=tokens, message=envelope, headers={}, at=10.0, size=1)

@@ -48,7 +48,7 @@ def test_only_a_domain_that_resembles_a_known_one_has_a_nearest(word: str, neare
     assert nearest_domain(word, ["lab", "Sales", "CSV files", "数据分析"]) == nearest
 
 
-def test_what_is_compared_is_bounded() -> None:
+def test_the_number_of_comparisons_is_bounded() -> None:
     assert nearest_domain("sael", [*(f"x{number}" for number in range(MOST_NAMES)), "sales"]) is None
     assert nearest_domain("a" * 10_000, ["a" * 9_000]) == "a" * 9_000
 
@@ -65,12 +65,12 @@ def test_a_domain_that_no_node_names_is_warned_of_with_the_nearest_one() -> None
         assert warned(rated, limited, domain=named) == ""
 
 
-def test_a_rating_of_nought_names_a_domain_for_no_one() -> None:
+def test_a_rating_of_zero_names_no_domain() -> None:
     nought = AnnouncedNode(node_id="n1", domains=(AnnouncedDomain(domain="sales", self_rating=0.0),))
     assert warned(nought) == warned(node("n1", echo, sales=0.0)) == ""
 
 
-def test_nodes_that_name_no_domain_and_no_nodes_are_no_reason_for_a_warning() -> None:
+def test_nodes_without_domains_and_no_nodes_cause_no_warning() -> None:
     assert warned(node("n1", echo)) == warned() == ""
 
 
@@ -99,7 +99,7 @@ def test_a_domain_is_shown_as_most_of_its_nodes_word_it_and_forgotten_with_its_h
     assert (list(there.domains()), there.has_domain("sales"), there.size) == ([], False, 0)
 
 
-def test_what_is_found_is_kept_for_a_moment_and_never_too_much() -> None:
+def test_nearest_domains_are_cached_briefly_and_within_a_bound() -> None:
     now = 100.0
     there = known(node("n1", echo, sales=0.9))
     misspelt = MisspeltDomains(there, lambda: now)

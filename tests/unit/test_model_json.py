@@ -73,7 +73,7 @@ def test_a_field_that_is_null_is_absent() -> None:
         '{"score": ' + "9" * 5000 + "}",
     ],
 )
-def test_what_holds_no_such_value_is_undecodable(text: str) -> None:
+def test_text_without_such_a_value_is_undecodable(text: str) -> None:
     with pytest.raises(Undecodable):
         read_model_json(text, Verdict)
 
@@ -93,7 +93,7 @@ values = st.recursive(
 
 
 @given(st.lists(pieces | values | st.text()).map("".join))
-def test_whatever_the_text_there_is_a_value_or_it_is_undecodable(text: str) -> None:
+def test_any_text_gives_a_value_or_is_undecodable(text: str) -> None:
     try:
         verdict = read_model_json(text, Verdict)
     except Undecodable:

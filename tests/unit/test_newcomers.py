@@ -17,7 +17,8 @@ from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.scoring import AuctionContext, award, score
 from loom.schemas.auction import Award, Bid
 from loom.schemas.envelope import Envelope, FailedAttempt
-from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 Named = tuple[HostKey, Bid]
 TASKS = 50
@@ -96,7 +97,7 @@ def test_five_hundred_names_win_no_larger_share_than_one_newcomer(policy: str, r
     ratings=st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)),
     luck=st.lists(st.booleans(), min_size=TASKS, max_size=TASKS),
 )
-def test_however_late_the_judgements_names_that_fail_win_what_one_of_them_would(
+def test_failing_names_with_late_judgements_win_the_share_of_one(
     names: int, late: int, ratings: tuple[float, float], luck: list[bool]
 ) -> None:
     def works(number: int, won: Award) -> float:

@@ -1,15 +1,14 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.auctions import announced
 
 from loom.phases.adapt.evidence import apply_reward
 from loom.runner.cli.views.node_tables import load_of
-from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
+from loom.runner.node_overview import Auctioned, auctioned, overviews, standing_of
 from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import DomainEvidence, NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 from loom.schemas.tokens import domain_token
@@ -31,41 +30,6 @@ def folded(*scores: float) -> NodeProfile:
     return profile
 
 
-def in_domain(evidence: DomainEvidence) -> DomainOverview:
-    return DomainOverview(domain="code", self_rating=None, evidence=evidence)
-
-
-@given(st.floats(0, 1), st.integers(1, 119))
-def test_more_of_the_same_is_less_uncertain_and_never_certain(mean: float, count: int) -> None:
-    less, more = (in_domain(DomainEvidence(count=n, mean=mean)).uncertainty for n in (count, count + 1))
-    assert less is not None
-    assert more is not None
-    assert more > 0
-    assert more < less or mean not in {0.0, 1.0}
-
-
-def test_an_interval_is_as_wide_as_trials_are_few() -> None:
-    assert in_domain(DomainEvidence(count=96, mean=0.5)).uncertainty == pytest.approx(0.098)
-
-
-def test_the_trend_is_that_of_the_newest_ten() -> None:
-    assert in_domain(folded(*[0.5] * 10, *[0.6] * 10).domains["code"]).trend == pytest.approx(0.05)
-    assert in_domain(folded(1.0).domains["code"]).trend == 0
-
-
-def test_without_evidence_there_is_neither_mean_nor_interval_nor_trend() -> None:
-    known = in_domain(DomainEvidence())
-    assert (known.mean, known.uncertainty, known.trend) == (None, None, None)
-
-
-def test_a_change_is_shown_until_the_window_has_filled_up_again() -> None:
-    good = [1.0] * 60
-    steady, fallen = folded(*good).domains["code"], folded(*good, *[0.0] * 12).domains["code"]
-    assert in_domain(steady).changed_at is None
-    assert in_domain(fallen).changed_at == pytest.approx(1060, abs=4)
-    assert in_domain(folded(*good * 3).domains["code"]).changed_at is None
-
-
 @pytest.mark.parametrize(
     ("rewards", "standing"),
     [
@@ -79,13 +43,11 @@ def test_a_change_is_shown_until_the_window_has_filled_up_again() -> None:
         ((1.0,) * 100 + (0.0,) * 7, "failing"),
     ],
 )
-def test_a_node_that_never_worked_one_of_which_little_is_known_and_one_that_fails_are_told_apart(
-    rewards: tuple[float, ...], standing: str
-) -> None:
+def test_new_little_known_and_failing_nodes_are_distinguished(rewards: tuple[float, ...], standing: str) -> None:
     assert standing_of(folded(*rewards) if rewards else None, ClusterConfig(apoptosis_threshold=0.35)) == standing
 
 
-def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
+def test_live_nodes_come_first_with_their_evidence() -> None:
     host = announced("h", "b", "c", running=2, queued=3)
     profiles = [NodeProfile(node_id="a", total_tasks=3), NodeProfile(node_id="c")]
     seen = Auctioned({("b", "code"): 0.9, ("gone", "code"): 0.1}, {})
@@ -97,7 +59,9 @@ def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
         ("c", True, True),
         ("a", False, True),
     ]
-    assert [(each.domain, each.self_rating, each.mean) for each in known[0].domains.values()] == [("code", 0.9, None)]
+    assert [(each.domain, each.self_rating, each.evidence.count) for each in known[0].domains.values()] == [
+        ("code", 0.9, 0)
+    ]
     assert load_of(host) == "2/2+3"
 
 

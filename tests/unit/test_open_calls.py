@@ -10,9 +10,9 @@ from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, NodeOwne
 from loom.phases.match.presence import (
     ANSWERS_PER_MISS,
     MAX_MISSED_WINDOWS,
-    UNPROVEN_EVERY_S,
     HostPresence,
 )
+from loom.phases.match.timings import MatchTimings
 
 
 class Clock:
@@ -69,13 +69,13 @@ def test_newcomers_are_awaited_in_one_auction_a_second_and_at_most_three_times()
     clock = Clock()
     hosts = presence(clock)
     hosts.record_answers([key("good")], set())
-    clock.now += UNPROVEN_EVERY_S
+    clock.now += MatchTimings.unproven_every_s
     hosts.record_announcement(key("new"))
     for _ in range(MAX_MISSED_WINDOWS):
         assert hosts.awaited_hosts() == {key("good"), key("new")}
         hosts.record_answers([key("good")], {key("new")})
         assert hosts.awaited_hosts() == {key("good")}
-        clock.now += UNPROVEN_EVERY_S
+        clock.now += MatchTimings.unproven_every_s
         hosts.record_announcement(key("new"))
     assert hosts.awaited_hosts() == {key("good")}
     for _ in range(MAX_MISSED_WINDOWS * ANSWERS_PER_MISS):
@@ -99,7 +99,7 @@ def test_a_silent_proven_host_gets_another_chance_when_it_announces_itself() -> 
     for _ in range(MAX_MISSED_WINDOWS):
         hosts.record_answers([key("good")], {key("slow")})
     assert hosts.awaited_hosts() == {key("good")}
-    clock.now += UNPROVEN_EVERY_S
+    clock.now += MatchTimings.unproven_every_s
     hosts.record_announcement(key("slow"))
     assert hosts.awaited_hosts() == {key("good"), key("slow")}
 

@@ -73,7 +73,7 @@ async def test_tool_calls_arrive_whole_and_unchecked(
     )
 
 
-async def test_the_request_says_all_that_was_asked(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_the_request_has_every_given_parameter(server: OpenAIServer, provider: OpenAIProvider) -> None:
     call = ToolCall(id="c1", name="add", arguments="{}")
     params = CompletionParams(
         messages=(

@@ -36,7 +36,7 @@ def reports(env: Envelope, **facts: float) -> list[PhaseEvent]:
     return phase_events(record(env, **facts))  # type: ignore[arg-type]  # ended, score
 
 
-def test_a_running_task_shows_what_was_decided_before_its_run() -> None:
+def test_a_running_task_shows_the_decisions_before_its_run() -> None:
     env = with_hops(awarded(envelope(now=0)), "sense", "match")
 
     assert [event.name for event in reports(env, ended=False)] == ["sense", "match"]
@@ -154,7 +154,7 @@ async def test_a_record_that_cannot_be_read_holds_up_the_progress_of_an_attempt_
     assert handle.reads == 2
 
 
-async def test_what_a_run_has_reported_is_not_reported_again_at_its_end() -> None:
+async def test_a_reported_event_is_not_reported_again_at_the_end() -> None:
     env = replace(with_hops(awarded(envelope(now=0)), "sense", "match", "execute"), result=RunResult(content="x"))
     news, _ = watching(running(1, "sense", "match"), record(env))
     await news.of_attempt(1)

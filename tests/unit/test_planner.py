@@ -86,7 +86,7 @@ def test_a_diamond_is_a_graph() -> None:
         ([part("a", "a")], "form a cycle", "dependencies"),
     ],
 )
-def test_each_broken_rule_is_told_apart(parts: list[SubTask], complaint: str, field: str) -> None:
+def test_each_broken_rule_has_its_own_complaint(parts: list[SubTask], complaint: str, field: str) -> None:
     with pytest.raises(InvalidPlan, match=complaint) as caught:
         check_graph(parts)
     assert caught.value.field == field
@@ -199,7 +199,7 @@ async def test_the_model_is_asked_for_json_of_the_plan() -> None:
     assert asked.messages[-1].content == "just words"
 
 
-async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong() -> None:
+async def test_a_bad_plan_is_sent_back_once_with_its_faults() -> None:
     bad_plan = json.dumps(plan(part("a", "nobody")))
     provider = Scripted(bad_plan, json.dumps(plan(part("a"), part("b", "a"))))
     subtasks = await TaskPlanner(provider).decompose(AD)
@@ -271,7 +271,7 @@ async def test_dependents_get_the_outputs_they_asked_for_and_no_others() -> None
         (asyncio.CancelledError(), "cancelled"),
     ],
 )
-async def test_what_depends_on_a_failure_is_not_run_and_the_rest_is(raising: BaseException | None, code: str) -> None:
+async def test_dependents_of_a_failure_are_not_run_and_the_rest_is(raising: BaseException | None, code: str) -> None:
     runner = Runner(failing=["a"], raising=raising)
     results = await planner.execute_dag([part("a"), part("b", "a"), part("c", "b"), part("d")], runner)
 
@@ -341,7 +341,7 @@ async def test_outputs_are_put_together_by_the_model_and_every_token_is_counted(
     assert (asked.temperature, asked.max_tokens) == (0.3, 2048)
 
 
-async def test_when_every_part_failed_so_has_the_task_and_its_cost_is_known() -> None:
+async def test_a_task_with_only_failed_parts_fails_with_its_cost() -> None:
     provider = Scripted("all went well")
     answer = await TaskPlanner(provider).aggregate(AD, {"a": bad("a", tokens=5), "b": bad("b", tokens=7)})
 
@@ -355,7 +355,7 @@ async def test_empty_outputs_are_no_outputs() -> None:
     assert code_of(answer) == "subtask_failed"
 
 
-async def test_the_model_is_told_of_a_missing_part() -> None:
+async def test_the_model_is_informed_of_a_missing_part() -> None:
     provider = Scripted("as far as I know")
     answer = await TaskPlanner(provider).aggregate(AD, {"a": good("a"), "b": bad("b")})
 

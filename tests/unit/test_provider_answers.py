@@ -135,7 +135,7 @@ async def test_an_answer_is_complete_however_its_connection_ends() -> None:
         assert (await answered(provider, stream=True)).content == "hello"
 
 
-async def test_what_was_written_before_a_break_goes_with_the_error() -> None:
+async def test_text_before_a_break_is_attached_to_the_error() -> None:
     async with serving(Reply(text="half an answer of some length", cut_after=3)) as (_, provider):
         with pytest.raises(AgentFailed, match="broke off") as caught:
             await streamed(provider)
@@ -233,7 +233,7 @@ def history(call: ToolCall, reasoning: str = "") -> CompletionParams:
     return CompletionParams(messages=turns, timeout_s=10)
 
 
-async def test_what_came_beside_a_call_goes_back_with_it() -> None:
+async def test_fields_next_to_a_call_are_sent_back_with_it() -> None:
     signature = {"extra_content": {"google": {"thought_signature": "SIG"}}}
     fragment = {"index": 0, "id": "x", "function": {"name": "add", "arguments": "{}"}, **signature}
     async with serving(Reply(events=(delta_event({"tool_calls": [fragment]}, "tool_calls"),))) as (server, provider):
@@ -318,7 +318,7 @@ EVENT = JSON | st.builds(
 
 @settings(max_examples=60)
 @given(events=st.lists(EVENT, max_size=5), ended=st.booleans(), whole=st.booleans())
-def test_whatever_json_a_server_sends_is_read_or_refused(events: list[Any], ended: bool, whole: bool) -> None:
+def test_any_json_of_a_server_is_read_or_refused(events: list[Any], ended: bool, whole: bool) -> None:
     reader = AnswerReader()
     try:
         chunks = [chunk for event in events if (chunk := reader.read(event))]

@@ -27,7 +27,7 @@ async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
     await made.aclose()
 
 
-async def test_a_model_that_is_down_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_that_is_down_is_reported_as_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
     async with OpenAIServer() as gone:
         url = gone.base_url
@@ -37,14 +37,14 @@ async def test_a_model_that_is_down_is_said_so(monkeypatch: pytest.MonkeyPatch) 
     await provider.aclose()
 
 
-async def test_a_missing_key_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_key_is_reported_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(AgentFailed, match="OPENAI_API_KEY"):
         await OpenAIProvider().complete(ASK)
 
 
-async def test_a_server_of_ones_own_needs_no_key(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_self_hosted_server_needs_no_key(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     provider = OpenAIProvider()
@@ -64,7 +64,7 @@ async def test_a_cancelled_stream_hangs_up_at_once(server: OpenAIServer, provide
     await until(lambda: server.disconnects, within_s=1, what="the client hung up")
 
 
-async def test_a_stream_nobody_reads_on_hangs_up_when_closed(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_an_unfinished_stream_disconnects_when_closed(server: OpenAIServer, provider: OpenAIProvider) -> None:
     server.script(Reply(text="word " * 100, pause_s=0.05))
     async with aclosing(provider.stream(ASK)) as chunks:
         await anext(chunks)

@@ -91,7 +91,7 @@ async def test_a_wait_longer_than_the_time_left_fails_at_once(server: OpenAIServ
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_a_long_wait_is_left_to_whoever_called(
+async def test_a_long_wait_is_left_to_the_caller(
     server: OpenAIServer, provider: OpenAIProvider, streaming: bool
 ) -> None:
     patient = msgspec.structs.replace(ASK, timeout_s=3600)
@@ -106,7 +106,7 @@ async def test_a_long_wait_is_left_to_whoever_called(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("headers", [{"Retry-After": "1"}, {"retry-after-ms": "300", "Retry-After": "60"}])
-async def test_a_short_wait_the_server_asks_for_is_kept(
+async def test_a_short_retry_after_of_the_server_is_kept(
     server: OpenAIServer, provider: OpenAIProvider, headers: dict[str, str]
 ) -> None:
     asked_at: list[float] = []
@@ -121,7 +121,7 @@ async def test_a_short_wait_the_server_asks_for_is_kept(
     assert asked_at[1] - asked_at[0] >= (retry_after_s({k.lower(): v for k, v in headers.items()}, now=0) or 0)
 
 
-async def test_a_server_that_stays_busy_is_given_up_with_its_last_word(
+async def test_a_server_that_stays_busy_ends_with_its_last_error(
     server: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     server.answer = lambda _: Reply(status=429, headers={"retry-after-ms": "1"})
@@ -145,7 +145,7 @@ def test_the_wait_doubles_give_or_take_a_quarter(tries: int, jitter: float) -> N
     assert 0.75 <= backoff_s(tries, jitter) / 2 ** (tries - 1) <= 1.25
 
 
-async def test_what_a_server_says_of_its_failure_can_be_sent_on(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_the_error_text_of_a_server_can_be_forwarded(server: OpenAIServer, provider: OpenAIProvider) -> None:
     server.script(Reply(status=400, body='{"error": {"message": "half a pair: \\ud83d"}}'))
     with pytest.raises(AgentFailed, match="half a pair: ") as caught:
         await provider.complete(ASK)

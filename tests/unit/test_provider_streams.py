@@ -66,7 +66,7 @@ async def test_silence_in_the_middle_is_a_failure(server: OpenAIServer) -> None:
 
 
 @pytest.mark.slow
-async def test_a_server_out_of_reach_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_out_of_reach_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
     with ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -81,7 +81,7 @@ async def test_a_server_out_of_reach_is_said_so(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("lost", [Reply(text="lost", cut_after=0), Reply(events=(ERROR_EVENT,))])
-async def test_what_breaks_before_its_first_text_is_tried_again(
+async def test_a_stream_that_breaks_before_its_first_text_is_retried(
     server: OpenAIServer, provider: OpenAIProvider, lost: Reply, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)

@@ -18,7 +18,7 @@ from loom.agents.llm.openai.waits import retry_after_s, wait_s
         ({"retry-after": "Thu, 01 Jan 1970 02:00:07 GMT", "date": "Thu, 01 Jan 1970 02:00:00 GMT"}, 7.0),
     ],
 )
-def test_the_wait_a_server_asks_for_is_understood(headers: dict[str, str], expected: float | None) -> None:
+def test_the_retry_after_of_a_server_is_parsed(headers: dict[str, str], expected: float | None) -> None:
     assert retry_after_s(headers, now=60.0) == expected
 
 

@@ -20,7 +20,7 @@ def test_after_any_changes_the_best_of_each_domain_come_best_first(
         assert (domain_token in ranking._order) == bool(there)
 
 
-def test_what_is_told_is_copied() -> None:
+def test_given_scores_are_copied() -> None:
     ranking, told = Ranking(), {"code": 0.5}
     ranking.update("n1", told)
     told["code"] = 0.9

@@ -32,7 +32,7 @@ def note(awards: RecentAwards, task_id: str, node: str = "n1", host: str = "h1",
     awards.record(envelope(ad(task_id=task_id), now=0), "code", Awarded(Award(node_id=node, host_id=host), bid))
 
 
-def test_an_award_is_held_for_as_long_as_a_run_takes_whatever_was_awarded_before_it(clock: Clock) -> None:
+def test_an_award_counts_for_the_length_of_a_run_despite_earlier_awards(clock: Clock) -> None:
     awards = RecentAwards()
     note(awards, "t1")
     note(awards, "t2", expected_s=AWARD_TO_RUN_S / 10)
@@ -71,7 +71,7 @@ def test_an_award_that_is_never_judged_is_forgotten(clock: Clock) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.integers(0, 5))))
-def test_what_is_counted_is_what_is_remembered(steps: list[tuple[str, bool, int]]) -> None:
+def test_the_counted_awards_are_the_remembered_ones(steps: list[tuple[str, bool, int]]) -> None:
     awards = RecentAwards()
     expected: dict[str, set[str]] = {"a": set(), "b": set()}
     for node, judged, number in steps:

@@ -44,7 +44,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "-----BEGIN PRIVATE KEY-----\ncanary, cut",
     ],
 )
-def test_a_secret_is_taken_out(text: str) -> None:
+def test_a_secret_is_redacted(text: str) -> None:
     assert "canary" not in redact(text)
     assert MASK in redact(text)
     assert "canary" not in log_fields.summary(ValueError(text))
@@ -66,7 +66,7 @@ def test_ordinary_words_stay(text: str) -> None:
     assert redact(text) == text
 
 
-def test_a_secret_given_in_code_is_taken_out_too() -> None:
+def test_a_secret_given_in_code_is_also_redacted() -> None:
     assert redact("refused: given-in-code", ["given-in-code", ""]) == f"refused: {MASK}"
 
 
@@ -86,7 +86,7 @@ class Odd(Exception):
 
 
 @pytest.mark.parametrize("said", [ValueError("x"), KeyboardInterrupt(), SystemExit(), GeneratorExit(), 42, None])
-def test_an_exception_whose_text_cannot_be_made_is_described_by_its_type(said: object) -> None:
+def test_an_exception_without_a_usable_str_is_described_by_its_type(said: object) -> None:
     assert log_fields.summary(Odd(said)).startswith("Odd: (its __str__ raised ")
 
 

@@ -82,7 +82,7 @@ def test_a_missing_version_is_named() -> None:
     ("key", "shown"),
     [("ollama", True), ("lm-studio", True), ("not-needed", True), ("abc123def", False), ("k" * 16, False)],
 )
-async def test_only_a_key_that_is_a_secret_is_taken_out(key: str, shown: bool) -> None:
+async def test_only_a_secret_key_is_redacted(key: str, shown: bool) -> None:
     reply = Reply(status=400, body=json.dumps({"error": f"the word {key} stands here"}))
     async with serving(reply, api_key=key, headers={"X-Secret": "another-1234"}) as (_, provider):
         with pytest.raises(AgentFailed) as caught:
@@ -135,7 +135,7 @@ async def test_a_wait_is_understood_wherever_it_stands(
         {"message": "Insufficient balance or no resource package."},
     ],
 )
-async def test_a_quota_that_is_used_up_is_not_asked_again(error: dict[str, str]) -> None:
+async def test_a_used_up_quota_is_not_retried(error: dict[str, str]) -> None:
     async with serving(Reply(status=429, body=json.dumps({"error": error}))) as (server, provider):
         with pytest.raises(AgentFailed, match=r"quota or the credit is used up \(429\)") as caught:
             await provider.complete(ASK)
@@ -160,7 +160,7 @@ JSON = st.recursive(
 @given(
     body=JSON, status=st.none() | st.integers(400, 599), value=st.text() | st.sampled_from(["1e999", "-1", "9" * 40])
 )
-def test_whatever_a_server_sends_is_a_short_sentence_and_a_wait(body: Any, status: int | None, value: str) -> None:
+def test_any_error_of_a_server_becomes_a_short_sentence_and_a_wait(body: Any, status: int | None, value: str) -> None:
     headers = dict.fromkeys(("retry-after", "x-ratelimit-reset", "x-ratelimit-reset-tokens"), value)
     refusal = refusal_of(body, status=status, headers=headers, now=1e9)
     message = refusal_message(refusal, SERVER, versioned=False)

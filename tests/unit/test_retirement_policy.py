@@ -12,7 +12,8 @@ from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited
 from loom.phases.shared.node_health import health
 from loom.schemas.auction import ChildState
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 CONFIG = ClusterConfig(idle_timeout_s=60, min_nodes=1)
 OLD = {"age_s": 1000.0}
@@ -87,11 +88,11 @@ def test_a_failing_child_retires_though_it_works(known: NodeProfile, why: str) -
     "known",
     [profile("a-c1"), profile("a-c1", code=[0.0] * 9), profile("a-c1", losses=19), profile("a-c1", code=[0.3] * 10)],
 )
-def test_nobody_is_condemned_for_the_lack_of_history_or_at_the_threshold(known: NodeProfile) -> None:
+def test_a_node_without_history_or_at_the_threshold_is_not_retired(known: NodeProfile) -> None:
     assert goes(host(child()), known=(known,)) == []
 
 
-def test_what_was_inherited_condemns_nobody() -> None:
+def test_inherited_losses_retire_no_node() -> None:
     known = NodeProfile(node_id="a-c1")
     for seq in range(1, 12):
         left = Reward(
@@ -113,7 +114,7 @@ def test_a_newcomer_is_left_alone() -> None:
     assert goes(host(child(age_s=59, idle_s=59)), known=(profile("a-c1", losses=99),)) == []
 
 
-def test_what_somebody_has_put_there_stays() -> None:
+def test_a_manually_added_node_stays() -> None:
     assert goes(host(child(idle_s=99), nodes=("a", "b")), known=(profile("b", losses=99),)) == ["a-c1"]
 
 
@@ -161,13 +162,13 @@ def test_the_idle_node_it_complements_most_inherits() -> None:
     assert heir(known["local.a-c1"], [replace(crowd, busy=("b",))], known) == "c"
 
 
-def test_a_loaded_host_lowers_what_its_nodes_gain() -> None:
+def test_a_loaded_host_lowers_the_gain_of_its_nodes() -> None:
     known = profiles(profile("a-c1", code=[0.9]), profile("b", code=[0.2]), profile("c", code=[0.3]))
     calm, loaded = host(nodes=("c",)), host(nodes=("b",), host_id="h2", running=8)
     assert heir(known["local.a-c1"], [calm, loaded], known) == "c"
 
 
-def test_nobody_inherits_without_an_idle_survivor_or_while_the_node_lives_elsewhere() -> None:
+def test_a_node_has_no_heir_without_an_idle_survivor_or_with_a_replica() -> None:
     leaving = host(child(retiring=True), busy=("a",))
     assert heir(profile("a-c1"), [leaving], {}) is None
     twin = host(child("a-c1"), host_id="h2")
@@ -215,7 +216,7 @@ def test_a_second_bequest_of_the_same_node_replaces_the_first() -> None:
     assert (folded.domains["code"].count, folded.domains["code"].mean) == (1, 1.0)
 
 
-def test_what_nodes_of_one_name_and_two_owners_hand_on_is_kept_apart() -> None:
+def test_bequests_of_same_named_nodes_of_two_owners_are_separate() -> None:
     folded = NodeProfile(node_id="b", owner="acme")
     for seq, owner in enumerate(("local", "acme", "x" * 64), start=1):
         [reward] = inherited_rewards(replace(profile("a-c1", code=[1.0]), owner=owner), "acme", "b")
@@ -226,14 +227,14 @@ def test_what_nodes_of_one_name_and_two_owners_hand_on_is_kept_apart() -> None:
     assert list(inherited_rewards(folded, "acme", "c")) == [], "however long the name, it is known as an inheritance"
 
 
-def test_what_was_inherited_is_not_passed_on() -> None:
+def test_inherited_evidence_is_not_bequeathed() -> None:
     [first] = inherited_rewards(profile("a-c1", code=[1.0]), "local", "b")
     between = apply_reward(NodeProfile(node_id="b"), first, 1)
     assert list(inherited_rewards(between, "local", "c")) == []
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=WINDOW))
-def test_a_bequest_lies_within_what_was_earned(scores: list[float]) -> None:
+def test_a_bequest_lies_within_the_earned_evidence(scores: list[float]) -> None:
     [reward] = inherited_rewards(profile("a-c1", code=scores), "local", "b")
     assert min(scores) - 1e-9 <= reward.score <= max(scores) + 1e-9
     assert reward.ended_at == len(scores) - 1

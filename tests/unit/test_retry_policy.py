@@ -21,7 +21,7 @@ from loom.phases.evaluate.rewards import implied_rewards, reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, MAX_CAUSE_CHARS, Claim, Envelope, FailedAttempt, Opinion, RejectedResult
 from loom.schemas.errors import BY_CODE
-from loom.schemas.learning import judgement
+from loom.schemas.learning.judgement import judgement
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
@@ -233,7 +233,7 @@ def test_a_result_that_could_not_be_checked_is_not_replaced_by_an_earlier_one() 
     assert (ended.state, ended.rejected) == ("failed", False)
 
 
-def test_no_end_without_an_attempt_of_its_own_costs_a_node_anything() -> None:
+def test_an_end_without_an_own_attempt_gives_no_reward() -> None:
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="rejected_result", message="too short"),)
     left = env(
@@ -260,7 +260,7 @@ def test_an_empty_result_is_nothing_to_keep() -> None:
     assert decision.envelope.best_rejected is None
 
 
-def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
+def test_without_further_bidders_the_last_attempts_own_error_is_the_result() -> None:
     own = TaskError(code="agent_failed", message="it raised")
     decision = decided(env(code="no_bids", failures=1, last_error=own))
     assert isinstance(decision, Finish)
@@ -268,7 +268,7 @@ def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
 
 
 @pytest.mark.parametrize("best_effort", [False, True])
-def test_when_bidders_run_out_only_best_effort_takes_the_best_refused_result(best_effort: bool) -> None:
+def test_without_further_bidders_only_best_effort_returns_the_best_refused_result(best_effort: bool) -> None:
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     left = env(code="no_bids", failures=1, best_rejected=best, last_error=TaskError(code="rejected_result"))
     decision = decided(replace(left, ad=ad(accept=Accept(best_effort=best_effort))))
@@ -351,7 +351,7 @@ def test_a_deadline_that_passed_before_the_run_is_not_its_nodes_fault() -> None:
     assert reward_for(env(), late, 50.0) is None
 
 
-def test_nobody_is_rewarded_where_nobody_was_awarded() -> None:
+def test_a_task_without_an_award_gives_no_reward() -> None:
     assert reward_for(replace(env("42"), award=None), None, 0.0) is None
 
 
@@ -391,7 +391,7 @@ def test_a_replaced_attempt_is_late_unless_it_carries_a_cancel(attempt: int, cod
     assert is_late(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late
 
 
-def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
+def test_a_spent_budget_returns_the_answer_so_far() -> None:
     decision = decided(env("half an ans", "budget_exceeded"))
     assert isinstance(decision, Finish)
     assert decision.state == "failed"
@@ -399,7 +399,7 @@ def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
     assert decision.envelope.result.content == "half an ans"
 
 
-def test_what_a_failing_agent_wrote_is_no_answer() -> None:
+def test_the_text_of_a_failing_agent_is_not_an_answer() -> None:
     decision = decided(env("half an ans", "agent_failed"))
     assert isinstance(decision, Retry)
     assert decision.envelope.best_rejected is None
@@ -466,7 +466,7 @@ def test_rules_come_before_opinions() -> None:
     assert isinstance(decision, Retry)
 
 
-def test_a_full_node_is_asked_again_after_a_pause_that_grows_to_five_seconds() -> None:
+def test_a_full_node_is_retried_after_a_pause_that_grows_to_five_seconds() -> None:
     message = env()
     pauses, delays = [], []
     for _ in range(12):
@@ -548,7 +548,7 @@ def test_a_second_nodes_word_ends_it() -> None:
     assert implied_rewards(succeeded(decision.envelope, state="failed")) == ()
 
 
-def test_the_same_node_is_no_second_one() -> None:
+def test_the_same_node_does_not_count_as_a_second_opinion() -> None:
     assert isinstance(decided(invalid("n1", "n1")), Retry)
 
 
@@ -560,7 +560,7 @@ def test_a_pinned_task_ends_at_once() -> None:
 
 
 @pytest.mark.parametrize("award", [None, "n1"])
-def test_a_rule_that_the_ad_breaks_ends_it_whoever_was_awarded(award: str | None) -> None:
+def test_a_rule_broken_by_the_ad_ends_the_task_with_and_without_an_award(award: str | None) -> None:
     fault = TaskError(code="invalid_task", message="description is empty", field="description")
     message = env() if award else replace(env(), award=None)
     decision = decided(replace(message, error=fault))
@@ -568,7 +568,7 @@ def test_a_rule_that_the_ad_breaks_ends_it_whoever_was_awarded(award: str | None
     assert decision.envelope.failures == 0
 
 
-def test_without_another_bidder_the_nodes_word_is_the_answer() -> None:
+def test_without_another_bidder_the_error_of_the_node_is_the_result() -> None:
     back = decided(invalid())
     assert isinstance(back, Retry)
     decision = decided(replace(back.envelope, award=None).failed(TaskError(code="no_bids")))
@@ -576,7 +576,7 @@ def test_without_another_bidder_the_nodes_word_is_the_answer() -> None:
     assert decision.envelope.error == invalid().error
 
 
-def test_attempts_that_run_out_end_it_with_the_nodes_word() -> None:
+def test_exhausted_attempts_end_the_task_with_the_error_of_the_node() -> None:
     decision = decided(replace(invalid(), failures=2))
     assert isinstance(decision, Finish)
     assert decision.envelope.error == invalid().error
@@ -643,7 +643,7 @@ def test_an_answer_that_a_model_has_judged_is_rewarded_by_the_judge() -> None:
 
 
 @pytest.mark.parametrize("source", ["person", "alice"])
-def test_a_person_judges_the_node_that_gave_the_answer_they_see(source: str) -> None:
+def test_a_person_judges_the_node_of_the_shown_answer(source: str) -> None:
     refused = RejectedResult(result=RunResult(content="41"), node_id="n1", owner="acme", host_id="h")
     tried = FailedAttempt(attempt=1, node_id="n1", owner="acme", host_id="h", code="rejected_result")
     same_name = replace(tried, attempt=2, owner="local")
@@ -660,7 +660,7 @@ def test_anything_less_than_a_success_refutes_nothing(facts: dict[str, Any]) -> 
     assert "n1" not in {reward.node_id for reward in implied_rewards(succeeded(message, **facts))}
 
 
-def test_a_success_whose_rubric_was_not_checked_refutes_nothing() -> None:
+def test_a_success_with_an_unchecked_rubric_refutes_nothing() -> None:
     tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h", code="invalid_task"),)
     assert implied_rewards(succeeded(replace(unjudged("be complete"), failed_attempts=tried))) == ()
 
@@ -694,7 +694,7 @@ def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_b
 
 
 @pytest.mark.parametrize("facts", [{"state": "failed", "rejected": True}, {"below_threshold": True}])
-def test_a_person_who_judges_a_refused_answer_judges_the_attempt_it_came_from(facts: dict[str, Any]) -> None:
+def test_the_judgement_of_a_refused_answer_applies_to_its_attempt(facts: dict[str, Any]) -> None:
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="rejected_result"),)
     message = env(code="agent_failed", attempt=2, best_rejected=best, failed_attempts=tried)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.compat.reward_formulas import RewardBus
-from loom.schemas.learning import WINDOW
+from loom.schemas.learning.profile import WINDOW
 from loom.types import AgentNode, CapabilityProfile, RewardSignal, TaskAd
 
 CODE = TaskAd(task_id="t", domain="code", description="x", token_budget=1000)
@@ -134,7 +134,7 @@ def test_scores_fade_by_half_the_way_to_the_prior_per_half_life() -> None:
     assert aged(0.9, 7, half_life_days=7) == pytest.approx(0.7)
 
 
-def test_a_day_hardly_matters_and_there_is_no_cliff() -> None:
+def test_the_decay_of_a_day_is_small_and_continuous() -> None:
     assert aged(0.9, 1.01) > 0.88
     assert aged(0.9, 0.99) - aged(0.9, 1.01) < 0.001
 
@@ -149,7 +149,7 @@ def test_fading_moves_towards_the_prior_and_never_past_it(score: float, days: fl
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=5))
-def test_how_often_decay_is_called_makes_no_difference(days: list[float]) -> None:
+def test_the_number_of_decay_calls_makes_no_difference(days: list[float]) -> None:
     often = node(code=0.9)
     often.remember(task_id="t", domain="code", reward=1, token_cost=0, at=DAY)
     for day in sorted(days):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import MAX_SOURCES, weights_of
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 EMPTY = NodeProfile(node_id="n1")
 LONG = "the-security-review-of-the-platform-team"
@@ -48,7 +49,7 @@ def test_weights_are_those_that_are_set_and_a_person_keeps_its_own_unless_it_is_
     assert mean(said("rules", 1.0), said(LONG, 0.0), **{LONG: 4}) == 0.2
 
 
-def test_a_source_replaces_its_own_word_and_no_other() -> None:
+def test_a_source_replaces_its_own_score_and_no_other() -> None:
     profile = folded(said("rules", 1.0), said("person", 0.0), said("person", 1.0), said("rules", 0.2))
     assert profile.domains["code"].scores[0].by_source == {"rules": 0.2, "person": 1.0}
     assert profile.domains["code"].mean == pytest.approx((0.2 + 3) / 4)
@@ -65,7 +66,7 @@ def test_the_rules_alone_take_no_room_for_their_name() -> None:
     assert folded(said("rules", 1 / 3)).domains["code"].mean == 1 / 3
 
 
-def test_who_weighs_nothing_is_read_and_not_learned_from() -> None:
+def test_a_source_of_weight_zero_is_read_and_not_learned_from() -> None:
     before = folded(said("rules", 1.0))
     after = apply_reward(before, said("linter", 0.0), 2, weights=weights_of({"linter": 0}))
     assert after.last_seq == 2
@@ -74,13 +75,13 @@ def test_who_weighs_nothing_is_read_and_not_learned_from() -> None:
     assert (alone.domains["code"].mean, alone.total_tasks, alone.consecutive_losses) == (1.0, 1, 0)
 
 
-def test_a_word_that_has_lost_its_weight_since_no_longer_counts_when_another_comes() -> None:
+def test_a_score_whose_weight_became_zero_no_longer_counts_after_the_next() -> None:
     before = folded(said("rules", 1.0), said("linter", 0.0))
     after = more(before, said("person", 0.5), rules=0, linter=0)
     assert after.domains["code"].mean == 0.5
 
 
-def test_an_inheritance_is_no_judgement() -> None:
+def test_an_inheritance_is_not_a_judgement() -> None:
     left = inherited("old", 0.75)
     assert mean(left, adapt=0) == 0.75
     again = folded(left, inherited("old", 0.25))
@@ -100,7 +101,7 @@ def test_two_judges_are_never_two_losses(order: tuple[str, str]) -> None:
     assert (profile.consecutive_losses, profile.total_tasks) == (1, 1)
 
 
-def test_losses_in_a_row_that_only_judges_see_add_up() -> None:
+def test_losses_in_a_row_by_judges_alone_add_up() -> None:
     words = [said(who, who == "rules", f"t{n}", ended_at=float(n)) for n in range(5) for who in ("rules", "person")]
     assert folded(*words).consecutive_losses == 5
 
@@ -113,7 +114,7 @@ def test_a_loss_that_turns_into_a_win_ends_the_row_where_it_stands() -> None:
     assert more(turned, said("person", 0.1, "t4", ended_at=9.0)).consecutive_losses == 2
 
 
-def test_of_more_sources_than_there_is_room_for_the_heaviest_count() -> None:
+def test_the_heaviest_sources_count_when_space_runs_out() -> None:
     crowd = [said(f"j{n}", 1.0) for n in range(MAX_SOURCES + 3)]
     [entry] = folded(*crowd, said("person", 0.0)).domains["code"].scores
     assert list(entry.by_source) == ["person", "j0", "j1", "j2"]
@@ -131,7 +132,7 @@ def rewards_of(history: list[tuple[str, str, float]]) -> list[Reward]:
 
 
 @given(words, st.dictionaries(judges, st.floats(0, 1000), max_size=4))
-def test_each_attempt_is_one_entry_within_what_was_said_of_it(
+def test_each_attempt_is_one_entry_within_its_scores(
     history: list[tuple[str, str, float]], setting: dict[str, float]
 ) -> None:
     heard = [one for one in history if setting.get(one[1], 1) > 0]
@@ -148,7 +149,7 @@ def test_each_attempt_is_one_entry_within_what_was_said_of_it(
 
 
 @given(words, st.integers(0, 40), st.integers(0, 40))
-def test_what_is_delivered_again_changes_nothing(history: list[tuple[str, str, float]], cut: int, back: int) -> None:
+def test_a_redelivered_reward_changes_nothing(history: list[tuple[str, str, float]], cut: int, back: int) -> None:
     rewards = list(enumerate(rewards_of(history), start=1))
     profile, whole = EMPTY, folded(*rewards_of(history))
     for seq, one in [*rewards[:cut], *rewards[max(0, cut - back) :]]:

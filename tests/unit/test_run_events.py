@@ -24,7 +24,7 @@ def test_an_event_may_come_alone_and_several_in_their_order() -> None:
     assert read_events(encode([delta, END])) == (delta, END)
 
 
-def test_a_delegated_ad_travels_without_an_id_and_an_id_that_comes_is_no_fault() -> None:
+def test_a_delegated_ad_is_sent_without_an_id_and_a_received_id_is_accepted() -> None:
     waiting = RunEvent(seq=2, kind="waiting", ad=TaskAd(description="a part", context={"task_id": "kept"}), call=1)
     written = json.loads(encode_event(waiting))
     assert "task_id" not in written["ad"]
@@ -45,7 +45,7 @@ def test_a_run_request_always_names_its_attempt() -> None:
 
 
 @given(st.lists(st.sampled_from([encode(END), BAD, b"7", b"null", b"[]"]), min_size=1, max_size=6))
-def test_what_is_no_event_takes_no_other_with_it_and_is_a_sign_of_life(parts: list[bytes]) -> None:
+def test_an_invalid_event_spares_the_other_events_and_counts_as_a_heartbeat(parts: list[bytes]) -> None:
     reasons: list[str] = []
     events = read_events(b"[" + b",".join(parts) + b"]", reasons.append)
     assert [event for event in events if event.final] == [END] * parts.count(encode(END))
@@ -56,7 +56,7 @@ def test_what_is_no_event_takes_no_other_with_it_and_is_a_sign_of_life(parts: li
 @pytest.mark.parametrize(
     "body", [b"", b"[", b"[" + encode(END), b"\xff", b"hello", b'{"seq":0,"kind":"result","x":NaN}']
 )
-def test_what_is_no_message_is_refused(body: bytes) -> None:
+def test_an_invalid_message_is_refused(body: bytes) -> None:
     with pytest.raises(Undecodable):
         read_events(body)
 
@@ -80,7 +80,7 @@ FORGIVEN: dict[str, tuple[bytes, RunEvent]] = {
 
 
 @pytest.mark.parametrize(("raw", "read"), FORGIVEN.values(), ids=FORGIVEN)
-def test_what_can_only_mean_one_thing_is_read_and_not_counted(raw: bytes, read: RunEvent) -> None:
+def test_an_unambiguous_variant_is_read_and_not_counted(raw: bytes, read: RunEvent) -> None:
     reasons: list[str] = []
     assert (read_events(raw, reasons.append), reasons) == ((read,), [])
 
@@ -100,7 +100,7 @@ def test_what_can_only_mean_one_thing_is_read_and_not_counted(raw: bytes, read: 
     ],
 )
 @pytest.mark.parametrize("wrapped", [b"%s", b"[%s]", b'[%s,{"seq":2,"kind":"delta","event":7}]'])
-def test_content_that_is_no_string_is_its_json_text(content: bytes, text: str, wrapped: bytes) -> None:
+def test_content_that_is_not_a_string_becomes_its_json_text(content: bytes, text: str, wrapped: bytes) -> None:
     event = read_events(wrapped % (b'{"seq":1,"kind":"result","result":{"content":%s}}' % content))[0]
     assert event == RunEvent(seq=1, kind="result", result=RunResult(content=text))
 
@@ -131,7 +131,7 @@ UNREADABLE: dict[str, tuple[bytes, str, int, str]] = {
 
 @pytest.mark.parametrize(("raw", "kind", "n", "reason"), UNREADABLE.values(), ids=UNREADABLE)
 @pytest.mark.parametrize("wrapped", [b"%s", b"[%s]"], ids=["alone", "in an array"])
-def test_what_cannot_be_read_is_an_end_or_a_sign_of_life_and_has_a_reason(
+def test_an_unreadable_event_is_an_end_or_a_heartbeat_and_has_a_reason(
     raw: bytes, kind: str, n: int, reason: str, wrapped: bytes
 ) -> None:
     reasons: list[str] = []

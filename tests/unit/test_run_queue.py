@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.agents.host import node_host
 from loom.agents.host.run_table import FINISHED_S, FinishedRuns
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
-from loom.phases.execute import run_stream
+from loom.phases.execute.timings import HEARTBEAT_S, ExecuteTimings
 from loom.phases.match import presence
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
@@ -123,7 +123,7 @@ def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
     assert finished.get(("u", 1)) == b"end"
 
 
-def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_kept_events_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.agents.host.run_table.FINISHED_BYTES", 5_000)
     finished = FinishedRuns()
     for i in range(10):
@@ -142,7 +142,8 @@ def test_a_run_ended_twice_is_kept_once() -> None:
 
 def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     """Neither side imports the other; both follow the design."""
-    assert node_host.HEARTBEAT_S == run_stream.HEARTBEAT_S == 2
-    assert 3 * run_stream.HEARTBEAT_S <= run_stream.SILENCE_S < 4 * run_stream.HEARTBEAT_S
-    assert run_stream.ABSENT_S < node_host.HEARTBEAT_S < run_stream.ACCEPT_S
-    assert 3 * node_host.ANNOUNCE_S <= presence.ALIVE_S == 10
+    timings = ExecuteTimings()
+    assert HostTimings.heartbeat_s == HEARTBEAT_S == 2
+    assert 3 * HEARTBEAT_S <= timings.silence_s < 4 * HEARTBEAT_S
+    assert timings.absent_s < HostTimings.heartbeat_s < timings.accept_s
+    assert 3 * HostTimings.announce_s <= presence.ALIVE_S == 10

@@ -13,7 +13,9 @@ from loom.runner.cli.views.run_state import RunState
 from loom.schemas.auction import Award
 from loom.schemas.envelope import Envelope, Spec, Split
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import ParentEnded, SubtaskEnded
 from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult
@@ -58,7 +60,7 @@ def result(name: str, node: str = "coder") -> TaskResult:
     return TaskResult(task_id=name, state="succeeded", content="x", node_id=node, attempts=1)
 
 
-def test_nodes_of_one_name_are_told_apart_by_their_owners() -> None:
+def test_nodes_with_the_same_name_are_distinguished_by_owner() -> None:
     told = board("one")
     award = Award(node_id="coder", owner="acme", host_id="h")
     moved = Envelope(ad=told.rows["one"].ad, award=award, deadline=9.0)
@@ -121,7 +123,7 @@ def test_late_messages_and_other_peoples_tasks_change_nothing() -> None:
     assert told.rewards == {}
 
 
-def test_what_a_node_writes_is_shown_until_another_attempt_begins() -> None:
+def test_the_text_of_a_node_is_shown_until_the_next_attempt() -> None:
     told = board("one")
     told.see(hop("execute", node="coder"))
     for n, text in enumerate(("good ", "night")):
@@ -150,7 +152,7 @@ def test_all_is_learned_once_every_reward_is_in_its_nodes_profile() -> None:
     assert set(told.profiles) == {"coder", "writer"}
 
 
-def test_a_table_too_high_shows_what_is_in_work() -> None:
+def test_a_table_too_high_shows_the_running_tasks() -> None:
     told = board(*(f"t{number}" for number in range(9)))
     told.end(result("t0"))
     told.see(hop("execute", name="t8", node="coder"))

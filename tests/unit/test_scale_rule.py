@@ -53,7 +53,7 @@ def sensed(complexity: float = 0.3, depth: int = 0, config: ClusterConfig = CONF
         (replace(task(), spec=None), None),
     ],
 )
-def test_scale_gets_what_it_has_something_to_do_with(envelope: Envelope, reason: ScaleReason | None) -> None:
+def test_scale_receives_only_tasks_with_a_reason_for_it(envelope: Envelope, reason: ScaleReason | None) -> None:
     assert scale_reason(envelope) == reason
     assert scale_reason(decode(encode(envelope), Envelope)) == reason, "the wire keeps all it takes"
 
@@ -66,7 +66,7 @@ def test_the_rule_reads_no_settings() -> None:
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.lists(st.sampled_from(["n2", "n3"]), max_size=3))
-def test_copies_of_one_message_are_decided_alike_whatever_they_met(
+def test_copies_of_one_message_are_decided_alike_after_different_routes(
     attempt: int, backlog: int, excluded: list[str]
 ) -> None:
     """What differs between copies that took different ways does not rule whether the task is divided."""
@@ -103,7 +103,7 @@ def test_a_winner_is_a_node_on_a_host_of_an_owner() -> None:
         (sensed(node_id="n1", context={"plan": True}), True),
     ],
 )
-def test_what_is_hard_or_asks_for_it_is_to_be_divided(spec: Spec, *, divide: bool) -> None:
+def test_hard_tasks_and_tasks_with_the_wish_are_divided(spec: Spec, *, divide: bool) -> None:
     assert spec.divide is divide
     assert spec.note == ""
 
@@ -122,7 +122,7 @@ def test_a_task_too_deep_to_be_divided_has_a_note_of_it(depth: int, limits: Limi
     assert sensed(0.3, depth, limits=limits).note == ""
 
 
-def test_a_reason_is_noted_once_and_beside_other_notes() -> None:
+def test_a_reason_is_noted_once_and_next_to_other_notes() -> None:
     spec = with_undivided_note(replace(sensed(), note="calibrated"), "no model is configured to plan")
     assert spec.note == "calibrated; not divided: no model is configured to plan"
     assert with_undivided_note(spec, "no model is configured to plan") == spec

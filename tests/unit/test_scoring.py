@@ -23,7 +23,7 @@ from loom.phases.match.scoring import (
 )
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 
 H1, H2 = key("h1"), key("h2")
 
@@ -91,7 +91,7 @@ def test_the_busier_of_equals_loses() -> None:
     assert (won.node_id, won.host_id, won.backlog) == ("idle", "h2", 0)
 
 
-def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> None:
+def test_the_award_has_the_best_sixteen_bids_and_their_evidence() -> None:
     bids = [(H1, Bid(node_id=f"n{i}", self_rating=i / 30)) for i in range(30)]
     profiles = {"n29": profile("n29", 3, 1.0, last_seq=77), "n1": profile("n1", 3, 0.0, last_seq=12)}
     won = award(env(), bids, AuctionContext(profiles, exploration=0.0))
@@ -127,7 +127,7 @@ def test_the_order_of_arrival_never_decides(order: list[int]) -> None:
     assert award(env(), [bids[i] for i in order], AuctionContext()) == award(env(), bids, AuctionContext())
 
 
-def test_a_bid_without_all_required_tools_is_no_bid() -> None:
+def test_a_bid_without_all_required_tools_is_ignored() -> None:
     needs = env(tools=("search", "shell"))
     half, whole = (
         Bid(node_id="half", self_rating=1.0, tools=("search",)),
@@ -161,7 +161,9 @@ def test_an_excluded_node_is_not_awarded_even_if_its_host_offers_it() -> None:
         (("n1",), ["unqualified", "draining"], NoOffers),
     ],
 )
-def test_what_follows_when_nobody_bids(excluded: tuple[str, ...], declines: list[str], verdict: type) -> None:
+def test_an_auction_without_bids_leads_to_a_verdict_by_its_declines(
+    excluded: tuple[str, ...], declines: list[str], verdict: type
+) -> None:
     offers = [offer(f"h{i}", decline=why) for i, why in enumerate(declines)]
     assert isinstance(judged(env(excluded=excluded), *offers), verdict)
 
@@ -170,7 +172,7 @@ unit = st.floats(0, 1)
 
 
 @given(unit, unit, st.integers(0, 120), unit, st.integers(0, 10_000), st.floats(0, 2))
-def test_scores_are_finite_whatever_is_known(
+def test_scores_are_finite_for_any_evidence(
     claim: float, load: float, count: int, mean: float, total: int, exploration: float
 ) -> None:
     bid = Bid(node_id="n1", self_rating=claim, load=load)
@@ -200,7 +202,7 @@ def test_an_award_remembers_its_bids_by_score_then_by_the_tie_break_of_the_task_
     assert award(env(), bids, AuctionContext()).bids == tuple(ordered[:16])
 
 
-def test_an_award_says_which_bid_has_won() -> None:
+def test_an_award_names_the_winning_bid() -> None:
     bids = (Bid(node_id="n1", self_rating=0.9, backlog=2, expected_s=0.1), Bid(node_id="n2", self_rating=0.1))
     verdict = judged(env(), offer("h1", *bids), offer("h2", bids[1]))
     assert isinstance(verdict, Awarded)

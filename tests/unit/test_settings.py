@@ -25,7 +25,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     assert from_environment({}) == Settings()
 
 
-def test_variables_are_read_as_what_they_should_be() -> None:
+def test_variables_are_parsed_as_their_types() -> None:
     settings = from_environment(
         {
             "NATS_URL": "nats://one,nats://two",

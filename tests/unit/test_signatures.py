@@ -342,7 +342,7 @@ class NotAMethod:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_cannot_work_is_refused_with_what_to_write(thing: Any, sentence: str) -> None:
+def test_an_unusable_function_is_refused_with_the_fix(thing: Any, sentence: str) -> None:
     with pytest.raises(LoomError, match=sentence):
         as_agent(thing)
 

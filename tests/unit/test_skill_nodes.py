@@ -60,7 +60,7 @@ def test_a_skill_the_text_calls_for_becomes_a_node_that_follows_its_instructions
     assert asyncio.run(node.agent.run("write some sql")).content == "Use CTEs. / write some sql"
 
 
-def test_a_skill_nobody_calls_for_stays_as_it_is() -> None:
+def test_a_skill_without_a_matching_task_is_not_started() -> None:
     registry = registry_of(skill("sql", "sql"), Skill(name="by hand"))
 
     assert found(registry, "write a poem") is None
@@ -91,14 +91,14 @@ def test_a_skill_gets_the_tools_it_names_and_only_one_with_the_required_ones_is_
     assert not registry.is_loaded("best")
 
 
-def test_a_skill_that_names_a_tool_nobody_has_given_is_not_started() -> None:
+def test_a_skill_that_names_a_missing_tool_is_not_started() -> None:
     registry = registry_of(skill("sql", "sql", tools=["search"]))
 
     assert found(registry, "sql") is None
     assert not registry.is_loaded("sql")
 
 
-def test_what_cannot_be_a_tool_is_said_at_once_and_not_when_a_task_waits_for_it() -> None:
+def test_an_unusable_tool_is_refused_at_once_and_not_at_the_first_task() -> None:
     with pytest.raises(LoomError, match="cannot name a tool"):
         skill_nodes(registry_of(skill("sql", "sql"), tools=[lambda text: text]), Model())
 

@@ -63,7 +63,7 @@ def test_priority_weighs_and_ties_go_to_the_earlier() -> None:
     assert match("sort", keyword("one", "sort"), keyword("two", "sort")) == "one"
 
 
-def test_a_match_below_the_least_is_none() -> None:
+def test_a_match_below_the_minimum_is_none() -> None:
     assert match("sort", keyword("a", "sort", "list", priority=0.5)) is None
     assert match("sort", keyword("a", "sort", "list", priority=0.6)) == "a"
     assert match("sort") is None

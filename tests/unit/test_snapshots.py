@@ -6,7 +6,8 @@ from loom.phases.adapt.rebuild import start_of
 from loom.phases.adapt.reward_weights import ID_LENGTH
 from loom.phases.adapt.snapshots import snapshot_of
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward, Score, Snapshot
+from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, NodeProfile, Score
+from loom.schemas.learning.reward import Reward, Snapshot
 
 LONGEST = 178
 """Bytes an entry takes at most."""
@@ -38,13 +39,13 @@ def test_a_rebuild_begins_at_the_oldest_finished_round_that_is_still_followed_by
     assert {node: one.last_seq for node, one in start_of(rounds, 12).profiles.items()} == {"local.a": 20, "local.b": 20}
 
 
-def test_a_round_somebody_died_in_is_no_beginning() -> None:
+def test_an_unfinished_round_is_not_a_starting_point() -> None:
     assert start_of([part("a", 20), part("a", 30), part("b", 30)], 12).seq == 30
     assert start_of([part("a", 20), part("a", 20)], 12) == (11, {}, False)
     assert start_of([], 12) == (11, {}, False)
 
 
-def test_a_snapshot_teaches_nobody_who_knows_the_node() -> None:
+def test_a_snapshot_does_not_change_a_known_profile() -> None:
     known = NodeProfile(node_id="a", last_seq=3, total_tasks=3)
     told = snapshot_of(NodeProfile(node_id="a", last_seq=9, total_tasks=99), 9, 1)
     assert apply_reward(known, told, 10) is known

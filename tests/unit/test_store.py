@@ -82,7 +82,7 @@ def test_a_lock_that_a_killed_process_left_locks_nothing(tmp_path: Path, holder:
     StoreLock(tmp_path / "store", VERSION, patience_s=0).close()
 
 
-def test_a_lock_file_with_garbage_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_lock_file_with_garbage_is_replaced(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_bytes(b'{"version": "x\xff')
 
     StoreLock(tmp_path, VERSION, patience_s=0).close()
@@ -121,7 +121,7 @@ def test_a_store_that_cannot_be_a_folder_is_refused_with_the_reason(tmp_path: Pa
         ("[INF] Server is ready", None),
     ],
 )
-def test_what_a_server_could_not_read_is_found_in_its_log(line: str, damage: str | None) -> None:
+def test_damage_is_found_in_the_log_of_the_server(line: str, damage: str | None) -> None:
     found = damage_in(f"[1] [INF] Starting nats-server\n[1] {line}\n[1] [INF] Server is ready\n")
 
     assert found is None if damage is None else found is not None and found.startswith(damage)

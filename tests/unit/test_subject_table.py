@@ -53,7 +53,7 @@ def test_stored_subjects_are_in_their_stream_and_live_ones_in_none() -> None:
     assert kept == {row.pattern.partition(".")[0]: row.kind for row in TABLE if row.kind not in {"request", "publish"}}
 
 
-def test_the_tap_reads_what_the_table_names() -> None:
+def test_the_tap_decodes_the_types_of_the_table() -> None:
     shapes = {name: shape.__name__ for name, shape in SHAPES.items()}
     for row in TABLE:
         family = BY_PATTERN[row.pattern]

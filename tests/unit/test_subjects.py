@@ -18,7 +18,7 @@ rejected = st.text(min_size=1).filter(lambda text: not set(text) <= plain)
 
 @settings(deadline=None)
 @given(namespace=namespaces, family=st.sampled_from(FAMILIES), data=st.data())
-def test_what_is_built_is_read_again(namespace: str, family: Family, data: st.DataObject) -> None:
+def test_a_built_subject_is_parsed_again(namespace: str, family: Family, data: st.DataObject) -> None:
     given_tokens = [data.draw(tokens, label=name) for name in family.tokens]
     subject = Subjects(namespace).of(family.name, *given_tokens)
 
@@ -79,7 +79,7 @@ FOREIGN = "loom|loom.|.submit|other.submit|loom.nonsense|loom.submit.x|loom.stat
 
 
 @pytest.mark.parametrize("subject", ["", *FOREIGN.split("|"), "loom.task.a.b.c.d", "$JS.ACK.x"])
-def test_a_foreign_subject_is_none_of_ours(subject: str) -> None:
+def test_a_foreign_subject_is_not_parsed(subject: str) -> None:
     assert subjects.parse(subject) is None
 
 
@@ -95,7 +95,7 @@ def test_a_task_is_found_where_the_subject_names_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Loom", "a.b", "a b", "-a", "_a", "a*", ">", "ü", "a\n", "x" * 33, "loom/x"])
-def test_a_namespace_that_is_no_single_plain_token_is_refused(name: str) -> None:
+def test_a_namespace_that_is_not_a_single_plain_token_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="namespace"):
         Subjects(name)
 

@@ -78,7 +78,7 @@ def dags(draw: st.DrawFn) -> tuple[Subtask, ...]:
 
 
 @given(dags(), st.one_of(st.none(), st.integers(1, 5000)), st.randoms(use_true_random=False), st.data())
-def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
+def test_every_plan_ends_and_every_subtask_starts_after_its_dependencies(
     parts: Sequence[Subtask], budget: int | None, dice: random.Random, data: st.DataObject
 ) -> None:
     may_fail = data.draw(st.booleans())
@@ -108,7 +108,7 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
 
 
 @given(dags(), st.integers(1000, 50_000), st.randoms(use_true_random=False))
-def test_what_is_lent_never_exceeds_what_is_left_and_the_synthesis_keeps_its_share(
+def test_grants_never_exceed_the_rest_and_the_synthesis_keeps_its_share(
     parts: Sequence[Subtask], budget: int, dice: random.Random
 ) -> None:
     plan = subtask_graph.start_plan(parent(budget), parts)
@@ -141,7 +141,7 @@ def test_inputs_fit_in_their_order_and_short_ones_stay_whole(texts: dict[str, st
 # -- budgets
 
 
-def test_what_one_did_not_use_comes_back_to_the_next() -> None:
+def test_unused_tokens_of_a_subtask_return_to_the_next() -> None:
     plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b", "a")])
     assert by_name(plan)["a"].grant == 400
     plan = subtask_graph.record_child(plan, ended(plan, "a", tokens=100))
@@ -222,7 +222,7 @@ def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
     assert (one.state, one.tokens, one.node_id) == ("succeeded", 30, "n7")
 
 
-def test_a_part_whose_answers_were_all_refused_says_so_and_the_plan_holds_no_answer() -> None:
+def test_a_subtask_with_only_refused_answers_fails_and_the_plan_has_no_answer() -> None:
     plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
     best = RejectedResult(result=RunResult(content="nearly"), reason="too short", node_id="n7", host_id="h")
     record = replace(ended(plan, "a", "failed", best_rejected=best), rejected=True)
@@ -246,7 +246,7 @@ def test_the_tokens_of_a_childs_own_subtasks_count() -> None:
     assert by_name(plan)["a"].tokens == 12
 
 
-def test_a_joined_task_has_spent_what_its_parts_have_and_its_budget_agrees() -> None:
+def test_a_joined_task_has_the_tokens_of_its_parts_and_a_matching_budget() -> None:
     plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b")])
     for name in ("a", "b"):
         plan = subtask_graph.record_child(plan, ended(plan, name, tokens=40))
@@ -258,7 +258,7 @@ def test_a_joined_task_has_spent_what_its_parts_have_and_its_budget_agrees() -> 
 # -- failures
 
 
-def test_a_failed_subtask_fails_the_plan_and_says_why() -> None:
+def test_a_failed_subtask_fails_the_plan_with_the_reason() -> None:
     plan = subtask_graph.start_plan(parent(), [part("a"), part("b"), part("c", "a", "b")])
     plan = subtask_graph.record_child(plan, ended(plan, "a", "failed", code="node_lost"))
     error = subtask_graph.plan_error(plan)
@@ -285,7 +285,7 @@ def test_a_cancelled_subtask_fails_the_plan() -> None:
     assert (error.code, error.message) == ("subtask_failed", "subtask a ended with cancelled: no")
 
 
-def test_a_record_that_has_not_ended_and_one_of_somebody_else_change_nothing() -> None:
+def test_a_running_record_and_a_foreign_record_change_nothing() -> None:
     plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
     record = ended(plan, "a")
     assert subtask_graph.record_child(plan, replace(record, state="running")) == plan
@@ -312,7 +312,7 @@ def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() 
     assert decode(encode(child), Envelope) == child
 
 
-def test_a_part_of_a_part_is_deeper_and_knows_what_its_parent_was_given() -> None:
+def test_a_nested_part_is_deeper_and_has_the_inputs_of_its_parent() -> None:
     split = Split(parent="g", depth=1, subtask="p", deadline=1000.0, inputs={"before": "it", "a": "theirs"})
     plan = subtask_graph.start_plan(parent(split=split), [part("a"), part("b", "a")])
     first = subtask_graph.child_envelope(plan, by_name(plan)["a"], {}, 0.0)
@@ -331,7 +331,7 @@ def largest_plan() -> tuple[Subtask, ...]:
     return tuple(part(f"s{n}", domain="d", estimated_complexity=0.1) for n in range(64))
 
 
-def test_the_largest_plan_a_client_may_give_can_be_read_again_when_all_has_been_noted() -> None:
+def test_the_largest_plan_of_a_client_is_readable_with_all_notes() -> None:
     parts = largest_plan()
     room = (32 * 1024 - len(encode(parts))) // 64 // 6
     parts = tuple(replace(each, description=each.description + "\x01" * room) for each in parts)

@@ -54,7 +54,7 @@ def found(task_id: str, phase: str = "", state: Any = "running", node: str = "",
     return FoundTask(TaskRecord(task_id=task_id, state=state, claim=claim, admitted_at=1000.0, **told), phase)
 
 
-def test_a_running_plan_shows_what_runs_where_and_what_waits_for_what() -> None:
+def test_a_running_plan_shows_running_nodes_and_waiting_dependencies() -> None:
     root = plan(
         "t",
         part("a", "succeeded", node_id="ann", tokens=120, grant=200, duration_s=1.25),
@@ -80,7 +80,7 @@ def test_a_part_that_was_divided_again_has_its_parts_below_it() -> None:
     assert "(1 of 2 subtasks done) do a" in drawn(division)[2]
 
 
-def test_a_failed_plan_says_why_and_what_was_not_run() -> None:
+def test_a_failed_plan_shows_the_reason_and_the_subtasks_not_run() -> None:
     broken = part("a", "failed", error=TaskError(code="agent_failed", message="it raised"))
     root = plan("t", broken, part("b", "waiting", "a"), part("c", "running"), state="done")
     cancelled = found("c-c", state="cancelled", ended_at=1002.0)
@@ -94,7 +94,7 @@ def test_a_failed_plan_says_why_and_what_was_not_run() -> None:
     assert "2.00 s" in lines[4]
 
 
-def test_what_a_run_delegated_stands_with_its_parts() -> None:
+def test_delegated_tasks_of_a_run_are_listed_with_its_parts() -> None:
     child = "0123456789abcdef" * 2
     split = Split(parent="t", depth=1, grant=500, deadline=2000.0)
     done = envelope(child, split=split, result=RunResult(prompt_tokens=30, completion_tokens=12))

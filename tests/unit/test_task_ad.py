@@ -87,7 +87,7 @@ def test_defaults_are_as_documented() -> None:
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ad=messages(TaskAd))
-def test_what_python_may_submit_json_may_too(ad: TaskAd) -> None:
+def test_json_may_submit_every_ad_of_python(ad: TaskAd) -> None:
     forbidden = ad.tools_allowed is not None and not set(ad.required_tools) <= set(ad.tools_allowed)
     forbidden = forbidden or not are_labels(ad.labels)
     if not ad.description.strip() or free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES) or forbidden:
@@ -156,7 +156,7 @@ def test_a_slug_is_always_a_token_and_its_own_slug(domain: str) -> None:
 
 @settings(deadline=None)
 @given(domain=texts)
-def test_how_a_text_is_composed_makes_no_difference(domain: str) -> None:
+def test_the_unicode_composition_of_a_text_makes_no_difference(domain: str) -> None:
     assert domain_token(unicodedata.normalize("NFC", domain)) == domain_token(unicodedata.normalize("NFD", domain))
 
 
@@ -169,7 +169,7 @@ def test_case_and_spaces_around_do_not_count() -> None:
     )
 
 
-def test_texts_of_any_script_are_told_apart() -> None:
+def test_texts_of_any_script_are_distinguished() -> None:
     domain_tokens = {
         domain_token(domain)
         for domain in ("代码", "数据", "数 据", "données", "donnees", "c++", "c#", "a.b", "a b", "*", ">", "")
@@ -179,5 +179,5 @@ def test_texts_of_any_script_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a.b", "a b", "*", ">", "a\n", "ü", "x" * 65, "a\x00", " a"])
-def test_what_a_subject_must_not_hold_is_no_token(text: str) -> None:
+def test_text_forbidden_in_a_subject_is_not_a_token(text: str) -> None:
     assert not is_token(text)

@@ -6,7 +6,7 @@ from support.strategies import messages
 
 from loom.runner.cli.views.task_timeline import attempts, submitted_at, tries, turns
 from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -43,7 +43,7 @@ def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Re
     )
 
 
-def test_waiting_and_working_are_told_apart_and_the_end_is_reckoned() -> None:
+def test_waiting_and_working_are_separate_and_the_end_is_computed() -> None:
     told = turns(record(envelope("sense", *TRIP[:3]), ended_at=1016.0))
 
     assert [(turn.phase, turn.at_s, turn.waited_s, turn.worked_s) for turn in told] == [
@@ -86,7 +86,7 @@ def test_hops_belong_to_attempts(told: Envelope, numbers: list[int]) -> None:
     assert attempts(told) == numbers
 
 
-def test_where_hops_were_dropped_the_attempts_count_from_both_ends() -> None:
+def test_with_dropped_hops_the_attempts_count_from_both_ends() -> None:
     told = Envelope(ad=TaskAd(task_id="t1", description="x"), deadline=1300.0, attempt=40)
     for step, phase in enumerate(("sense", *TRIP * 39, *TRIP[:3])):
         hop = Hop(phase=phase, instance="i", started=1.0 * step, finished=1.0 * step, step=step)  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def test_attempts_are_known_from_rewards_and_from_the_record() -> None:
     ]
 
 
-def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
+def test_failed_attempts_on_the_envelope_have_their_reasons() -> None:
     failed = FailedAttempt(attempt=1, node_id="bad", host_id="h", code="agent_failed", message="it raised", tokens=9)
     ended = record(
         envelope(attempt=2, failed_attempts=(failed,)), ended_at=1020.0, claim=Claim(attempt=2, node_id="good")
@@ -140,7 +140,7 @@ def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
     assert (second.node, second.outcome) == ("good", "succeeded")
 
 
-def test_the_attempt_in_hand_is_told_and_so_is_one_just_lost() -> None:
+def test_the_running_attempt_and_a_just_lost_one_are_shown() -> None:
     claim = Claim(attempt=1, node_id="n")
     lost = envelope(attempt=2, last_error=TaskError(code="node_lost"))
 

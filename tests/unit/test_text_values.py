@@ -138,7 +138,7 @@ DAY = '{"when":"2024-05-01"}'
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_what_json_can_carry_becomes_json_and_text_stays(value: Any, text: str) -> None:
+def test_a_json_value_becomes_json_and_text_stays(value: Any, text: str) -> None:
     assert to_text(value) == text
 
 
@@ -182,7 +182,7 @@ class _BadModel(pydantic.BaseModel):
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_what_json_cannot_carry_is_refused_in_a_sentence_without_the_value(
+def test_a_value_json_cannot_carry_is_refused_without_showing_the_value(
     value: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.values.text.MAX_VALUES", 1000)

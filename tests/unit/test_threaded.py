@@ -69,7 +69,7 @@ def fails(error: BaseException) -> Callable[[str], Iterator[str]]:
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_what_a_generator_raises_is_a_failure_that_names_its_type(error: BaseException) -> None:
+async def test_an_exception_of_a_generator_is_a_failure_with_its_type(error: BaseException) -> None:
     with pytest.raises(AgentFailed) as caught:
         await collect(FunctionAgent(fails(error)), JOB)
     assert caught.value.message == f"the agent raised {type(error).__name__}"

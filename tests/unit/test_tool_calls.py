@@ -108,7 +108,7 @@ def test_calls_of_a_whole_answer_are_never_merged() -> None:
     assert calls.finished()[0].id == "c"
 
 
-def test_what_comes_beside_a_call_is_kept() -> None:
+def test_fields_next_to_a_call_are_kept() -> None:
     calls = ToolCalls()
     signature = {"google": {"thought_signature": "SIG"}}
     calls.add_fragments(call(0, "x", "add", "", extra_content=signature, nothing=None))

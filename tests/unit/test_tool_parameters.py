@@ -249,7 +249,7 @@ def mixed(a: int, ctx: dict[str, Any] | ToolContext | None = None) -> str:
 
 
 @pytest.mark.parametrize("fn", [plain, optional, old_optional, annotated, annotated_optional, quoted, mixed])
-async def test_the_context_is_handed_over_however_it_is_annotated(fn: Any) -> None:
+async def test_the_context_is_passed_under_every_annotation(fn: Any) -> None:
     made = Tool(fn)
 
     assert list(made.definition.parameters["properties"]) == ["a"]

@@ -186,7 +186,7 @@ async def test_an_error_of_a_tool_server_is_seen_by_the_model_and_not_by_the_bus
     assert result == ToolResult("no file x", failed=True, published="Error: the tool failed")
 
 
-async def test_a_result_in_structure_alone_becomes_json() -> None:
+async def test_a_result_with_structured_content_alone_becomes_json() -> None:
     value = part(content=[], structuredContent={"total": 3}, isError=False)
 
     assert await returning(value).run("{}", CONTEXT) == ToolResult('{"total":3}')

@@ -133,7 +133,7 @@ class Odd(BaseException):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("kind", ["sync", "async", "lazy"])
-async def test_whatever_leaves_a_tool_is_a_text_for_the_model(error: BaseException, kind: str) -> None:
+async def test_every_result_of_a_tool_is_a_text_for_the_model(error: BaseException, kind: str) -> None:
     def fail() -> None:
         raise error
 
@@ -157,7 +157,7 @@ async def test_a_tool_may_report_a_failure_without_raising() -> None:
     assert await Tool(lambda: given, name="look_up").run("{}", CONTEXT) == given
 
 
-async def test_what_a_sync_tool_returns_is_iterated_in_its_thread() -> None:
+async def test_the_generator_of_a_sync_tool_is_iterated_in_its_thread() -> None:
     here = threading.get_ident()
 
     def rows() -> Any:
@@ -229,12 +229,12 @@ async def test_the_context_is_given_and_not_part_of_the_schema() -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [("ä", "ä"), (None, "null"), ({"n": [1, 2.5]}, '{"n":[1,2.5]}'), (Point(1), '{"x":1,"y":0}')]
 )
-async def test_what_is_not_text_becomes_json(value: Any, text: str) -> None:
+async def test_a_value_that_is_not_text_becomes_json(value: Any, text: str) -> None:
     assert await Tool(lambda: value, name="value").run("{}", CONTEXT) == ToolResult(text)
 
 
 @pytest.mark.parametrize("value", [object(), float("nan"), {"deep": float("inf")}, b"\xff"])
-async def test_what_json_cannot_carry_is_an_error_without_repr(value: Any) -> None:
+async def test_a_value_json_cannot_carry_is_an_error_without_repr(value: Any) -> None:
     result = await Tool(lambda: value, name="value").run("{}", CONTEXT)
 
     assert result.failed

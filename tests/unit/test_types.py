@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loom.nodes import unit
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.tokens import domain_token
 from loom.types import AgentNode, CapabilityProfile, SkillTrigger, TaskAd
 
@@ -104,9 +104,7 @@ def test_a_bid_carries_claim_load_and_the_required_tools_the_node_has() -> None:
 
 
 @given(st.dictionaries(st.text(max_size=8), st.floats()), st.text(max_size=8), st.floats())
-def test_whatever_a_user_writes_into_a_node_its_bid_crosses_the_wire(
-    scores: dict[str, float], domain: str, load: float
-) -> None:
+def test_the_bid_of_any_node_crosses_the_wire(scores: dict[str, float], domain: str, load: float) -> None:
     odd = AgentNode(id="n", capabilities=CapabilityProfile(scores=scores), load=load)
     bid = odd.to_bid(domain=domain)
 
@@ -122,7 +120,7 @@ def test_a_domain_and_its_slug_bid_alike(domain: str) -> None:
     assert skilled.to_bid(domain=domain).self_rating == 0.8
 
 
-def test_mirroring_shows_what_has_been_learned_and_keeps_the_makers_ratings_for_bids() -> None:
+def test_mirroring_shows_learned_scores_and_keeps_the_makers_ratings_for_bids() -> None:
     learner = node(Code=0.9)
     learner.last_active_at = 5.0
 

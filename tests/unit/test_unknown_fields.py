@@ -70,7 +70,7 @@ def test_a_part_that_is_replaced_by_another_takes_its_fields_along() -> None:
     assert tree["spec"] == aged(json.loads(encode(ENVELOPE.spec)))
 
 
-def test_an_envelope_hands_a_records_own_fields_to_the_next_phase() -> None:
+def test_an_envelope_carries_a_records_own_fields_to_the_next_phase() -> None:
     record = with_unknown_fields(RECORD, NEW)
     known = record_version(record, 7)
     assert known is not None
@@ -80,7 +80,7 @@ def test_an_envelope_hands_a_records_own_fields_to_the_next_phase() -> None:
     assert json.loads(encode(entry.value))["new"] == NEW["new"]
 
 
-def test_what_is_not_passed_on_ignores_them_and_its_parts_keep_them() -> None:
+def test_messages_that_are_not_forwarded_ignore_them_and_their_parts_keep_them() -> None:
     raw = {"seq": 1, "kind": "result", "result": {"content": "c", **NEW}, **NEW}
     event = decode(encode(raw), RunEvent)
     assert event.result is not None

@@ -127,7 +127,7 @@ def test_a_value_comes_back_from_its_text(kind: Any, value: Any) -> None:
         (Any, "[" * 5000, "nested"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence_that_names_the_place(kind: Any, raw: str, named: str) -> None:
+def test_a_value_that_does_not_fit_is_refused_with_its_place(kind: Any, raw: str, named: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is what is looked at
         from_json(kind, raw)
 

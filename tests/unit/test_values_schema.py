@@ -237,7 +237,7 @@ class Opaque(pydantic.BaseModel, arbitrary_types_allowed=True):
 
 
 @pytest.mark.parametrize("kind", [object, complex, Opaquest, Broken, BrokenModel, list[Opaque], Order | Crate])
-def test_what_json_cannot_carry_has_no_schema(kind: Any) -> None:
+def test_a_type_json_cannot_carry_has_no_schema(kind: Any) -> None:
     with pytest.raises(TypeError) as caught:
         json_schema(kind)
 

@@ -91,7 +91,7 @@ NOT_COUNTED: Any = TokenUsage(prompt_tokens=7, completion_tokens=None, estimated
         (Done(content="x", steps=None, duration_ms=None), 0),  # type: ignore[arg-type]
     ],
 )
-async def test_a_count_that_is_none_is_absent(done: Done, tokens: int) -> None:
+async def test_an_invalid_count_is_absent(done: Done, tokens: int) -> None:
     async def answer(_text: str) -> AsyncIterator[Done]:
         yield done
 
@@ -101,7 +101,7 @@ async def test_a_count_that_is_none_is_absent(done: Done, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("usage", [None, NOT_COUNTED, TokenUsage(prompt_tokens=2**70)])
-async def test_a_failure_keeps_its_words_whatever_usage_it_carries(usage: Any) -> None:
+async def test_a_failure_keeps_its_message_with_any_usage(usage: Any) -> None:
     async def answer(job: Job) -> str:
         job.report(tokens=3)
         raise AgentFailed("no paper", spent=Done(content="half", usage=usage))

@@ -53,5 +53,5 @@ def _line(finding: Finding) -> Text:
     return Text.assemble(
         mark,
         (f"{finding.about:<15}", "bold"),
-        one_line(f"{finding.says} → {finding.todo}" if finding.todo else finding.says),
+        one_line(f"{finding.message} → {finding.todo}" if finding.todo else finding.message),
     )

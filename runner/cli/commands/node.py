@@ -8,6 +8,7 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
+from loom.phases.adapt.evidence_statistics import changed_at, margin_of_error, trend
 from loom.phases.adapt.retirement_policy import inherited_rewards
 from loom.phases.adapt.reward_weights import attempt_id
 from loom.runner.cli.command_groups import command_group
@@ -19,7 +20,8 @@ from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.settings import Settings
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import node_key, qualified, split_qualified
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.tokens import is_token
 
 EXAMPLES = """
@@ -109,7 +111,8 @@ async def _show(settings: Settings, name: str, *, as_json: bool) -> None:
 
 def as_object(node: NodeOverview) -> dict[str, Any]:
     """Return what is known of a node as free JSON."""
-    known = {token: overview for token, overview in node.domains.items() if overview.count}
+    evidence = {token: overview.evidence for token, overview in node.domains.items() if overview.evidence.count}
+    changes = {token: changed_at(known) for token, known in evidence.items()}
     return {
         "node_id": node.node_id,
         "owner": node.owner,
@@ -120,11 +123,9 @@ def as_object(node: NodeOverview) -> dict[str, Any]:
         "self_ratings": {
             token: overview.self_rating for token, overview in node.domains.items() if overview.self_rating is not None
         },
-        "uncertainty": {token: overview.uncertainty for token, overview in known.items()},
-        "trend": {token: overview.trend for token, overview in known.items()},
-        "changed_at": {
-            token: overview.changed_at for token, overview in known.items() if overview.changed_at is not None
-        },
+        "uncertainty": {token: margin_of_error(known) for token, known in evidence.items()},
+        "trend": {token: trend(known) for token, known in evidence.items()},
+        "changed_at": {token: at for token, at in changes.items() if at is not None},
         "profile": node.profile,
     }
 

@@ -35,7 +35,9 @@ from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import InvalidTask
 from loom.schemas.identity import split_qualified
-from loom.schemas.learning import NodeProfile, Reward, judgement
+from loom.schemas.learning.judgement import judgement
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 VERDICTS = {
     "same": "as stored",

@@ -136,8 +136,8 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
     async with client_bus(settings) as bus:
         await check_phases(bus)
         if not ad.wait:
-            answer = await task_client.request(bus, task_client.request_subject(bus, "submit"), ad, timeout_s=ACCEPT_S)
-            accepted = decode(answer, Accepted)
+            reply = await task_client.request(bus, task_client.request_subject(bus, "submit"), ad, timeout_s=ACCEPT_S)
+            accepted = decode(reply, Accepted)
             typer.echo(encode(accepted) if as_json else accepted.task_id)
             return None
         live = sys.stdout.isatty() and not as_json

@@ -18,7 +18,7 @@ from loom.runner.cli.views.tables import console
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
 from loom.schemas.envelope import PHASES
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskResult
 
 ROOM = 2_000

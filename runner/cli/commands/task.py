@@ -34,7 +34,7 @@ from loom.runner.cli.views.task_table import QUEUED, TaskState, state_of, state_
 from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import PUBLIC
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 
 REWARDS_S = 5.0

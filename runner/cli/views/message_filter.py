@@ -10,7 +10,8 @@ from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.envelope import Envelope
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL_OWNER, qualified
-from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.notices import PlanTimeout
 from loom.schemas.task import Submission, TaskAd
 from loom.schemas.tokens import domain_token

@@ -14,7 +14,8 @@ from loom.schemas.base import encode
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import SubtaskEvent, ToolCallEnd, ToolCallStart
 from loom.schemas.identity import LOCAL_OWNER, qualified
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.run import Delta, RunEvent, RunRequest, Stop
 from loom.schemas.task import Submission, TaskAd, TaskResult

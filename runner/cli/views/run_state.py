@@ -9,7 +9,9 @@ from loom.schemas.auction import Award, CallForBids
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.identity import qualified
-from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult

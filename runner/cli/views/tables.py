@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loom.runner.cli.views.run_state import RunState
 from loom.schemas.auction import Award
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskResult
 
 ROWS = 40

@@ -15,7 +15,7 @@ from loom.runner.cli.views.tables import one_line, printable, show, table_of
 from loom.runner.cli.views.task_timeline import Try, submitted_at, tries, turns
 from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.identity import JUDGE, PUBLIC, RULES
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.plan import SplitPlan
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskError

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, Phase
 from loom.schemas.identity import JUDGE, RULES
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 
 AFTER: dict[Phase, Phase] = {

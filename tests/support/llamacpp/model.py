@@ -23,7 +23,7 @@ UNKNOWN, START, END = 0, 1, 2
 HEAD = 32
 CONTEXT = 131_072
 SURE = 4.0
-"""Weight of the token that follows; it makes a logit of some 70 beside zeros."""
+"""Weight of the token that follows; it makes a logit of some 70 where the others are zero."""
 
 Script = dict[str, dict[str, list[str]]]
 

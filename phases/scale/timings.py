@@ -1,0 +1,11 @@
+"""The times of SCALE that an operator or a test may set."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScaleTimings:
+    """Intervals of SCALE, in seconds."""
+
+    spawn_interval_s: float = 1.0
+    """Interval between two requests for a node: a node needs about this long to start and to bid."""

@@ -1,0 +1,13 @@
+"""The times of SENSE that an operator or a test may set."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SenseTimings:
+    """Limits of SENSE, in seconds."""
+
+    estimate_within_s: float = 10.0
+    """Limit of a model's estimate; then the heuristic is used."""
+    stranded_after_s: float = 1.0
+    """Time after its deadline from which a task without messages counts as stranded."""

@@ -1,0 +1,1 @@
+"""Messages and values of learning: rewards, profiles, calibrations, leases and lifecycle events."""
