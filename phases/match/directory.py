@@ -131,8 +131,8 @@ class HostDirectory:
             answered: Hosts that answered this call.
         """
         return any(
-            location[0] not in answered and not self._presence.is_dropped(location[0])
-            for location, _ in self.nodes.capable_nodes(requirements, plain=False)
+            not self._presence.is_dropped(location[0])
+            for location, _ in self.nodes.capable_nodes(requirements, plain=False, except_hosts=answered)
         )
 
     def have_plain_nodes_failed(self, requirements: TaskRequirements) -> bool:
@@ -144,6 +144,7 @@ class HostDirectory:
     def _remove_nodes(self, host: HostKey) -> None:
         self._ownership.remove_host(host)
         self.nodes.remove_host(host)
+        self._announcements.forget_nodes(host)
 
     def _on_announcement(self, msg: Msg) -> None:
         announced = self._announcements.read(msg)
@@ -158,7 +159,8 @@ class HostDirectory:
             self._record_nodes(announced)
 
     def _record_nodes(self, host: AnnouncedHost) -> None:
-        self.nodes.update(host)
+        if not self.nodes.update(host):
+            return
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
         unknown = any(self._ownership.host_of(node) is None for node in nodes)
         if self._ownership.record_announcement(host.key, nodes):
