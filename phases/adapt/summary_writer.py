@@ -1,6 +1,8 @@
 """Writes the summary of each profile, which is all that MATCH reads of a node."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+from itertools import islice
 
 from msgspec.structs import replace
 
@@ -13,6 +15,8 @@ from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.learning.reward import Reward
 from loom.schemas.learning.summary import SUMMARY_KEYS, DomainSummary, ProfileSummary, summary_key
 
+CONCURRENT = 64
+"""Stale summaries that are written at a time."""
 KEPT_ATTEMPTS = 8
 """Attempts of earlier writes that a summary still names: a reader may miss a value that the next one has replaced."""
 
@@ -131,11 +135,15 @@ class SummaryWriter:
         Raises:
             BusUnavailable: The server has not answered.
         """
-        for key in [key for key, check_at in self.stale.items() if check_at <= now]:
-            profile = self._profiles.get(key)
-            if profile is not None and key not in unwritten and self.is_stale(key, profile):
-                await self.write(profile)
-            self.stale.pop(key, None)
+        due = iter([key for key, check_at in self.stale.items() if check_at <= now and key not in unwritten])
+        while keys := list(islice(due, CONCURRENT)):
+            await asyncio.gather(*map(self._write_if_stale, keys))
+
+    async def _write_if_stale(self, key: str) -> None:
+        profile = self._profiles.get(key)
+        if profile is not None and self.is_stale(key, profile):
+            await self.write(profile)
+        self.stale.pop(key, None)
 
     async def follow(self, on_change: Callable[[str, ProfileSummary | None], Awaitable[None]]) -> None:
         """Follow the stored summaries.
