@@ -118,6 +118,8 @@ def _with_entry(evidence: DomainEvidence, index: int | None, new: Score, *, forg
     losses = losses_in(evidence) + _lost(new)
     if index is not None:
         losses -= _lost(scores[index])
+        if scores[index] == new:
+            return replace(evidence, losses=losses)  # the source does not count
         scores = (*scores[:index], new, *scores[index + 1 :])
     elif new.ended_at < evidence.since:
         return evidence

@@ -51,6 +51,8 @@ class ScanningFold:
         )
 
     def _window(self, token: str, before: DomainEvidence, known: Score | None, new: Score) -> DomainEvidence:
+        if known == new:
+            return before
         scores = [new if score is known else score for score in before.scores]
         if known is None:
             scores = sorted((*scores, new), key=lambda score: score.ended_at)[-WINDOW:]
