@@ -1,4 +1,4 @@
-"""The subscriptions of a client to the results of its tasks: one for all open tasks of a submitter."""
+"""The subscriptions of a client to the results of its tasks: one for many open tasks of a submitter."""
 
 import time
 from collections.abc import Callable
@@ -21,8 +21,9 @@ ResultReader = Callable[[Msg], None]
 class ResultSubscriptions:
     """Passes the results of tasks to their readers.
 
-    The tasks of a submitter share one subscription while any of them is open. Clients with the same submitter receive
-    each other's results on it. If these are the majority, each task gets a subscription of its own for a while.
+    The tasks of a submitter share one subscription while several are open; a single one has a subscription of its own.
+    Clients with the same submitter receive each other's results on the shared subscription. If these are the majority,
+    each task gets a subscription of its own for a while.
     """
 
     def __init__(self, requests: Requests, subjects: Subjects) -> None:
@@ -111,7 +112,8 @@ class _SubmitterResults:
         """Subscribe to the results of an open task, unless a subscription includes them."""
         if subject in self._separate or not self._lacks_shared:
             return
-        if time.monotonic() < self._separate_until:
+        if len(self._readers) == 1 or time.monotonic() < self._separate_until:
+            # For tasks one after the other: a server changes a subscription with a wildcard at a higher cost.
             await self._subscribe_separately(subject)
             return
         subscription = await self._connection.subscribe_sync(self._subjects, self._on_shared)

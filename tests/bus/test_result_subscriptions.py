@@ -36,7 +36,7 @@ async def contents(handles: list[TaskHandle]) -> list[str]:
 async def test_open_tasks_share_one_subscription_and_each_gets_its_result(plain: Bus) -> None:
     before = subscriptions(plain)
     handles = list(await asyncio.gather(*(open_handle(plain, f"t{n}") for n in range(200))))
-    assert subscriptions(plain) == before + 1
+    assert subscriptions(plain) == before + 2  # of the first task, and of all others
     for n in reversed(range(200)):
         await publish_result(plain, f"t{n}")
     assert await contents(handles) == [f"of t{n}" for n in range(200)]
@@ -47,13 +47,16 @@ async def test_several_handles_of_one_task_all_get_its_result_and_a_closed_one_e
     before = subscriptions(plain)
     handles = [await open_handle(plain, "t1") for _ in range(3)]
     await handles.pop().close()
-    dropped = await open_handle(plain, "t1")
-    del dropped
+    others = [await open_handle(plain, "t2") for _ in range(3)]
+    await others.pop().close()
+    for opened in (handles, others):
+        opened.pop()
     gc.collect()
     await plain.requests.flush()
-    assert subscriptions(plain) == before + 1
-    await publish_result(plain, "t1")
-    assert await contents(handles) == ["of t1"] * 2
+    assert subscriptions(plain) == before + 2
+    for task_id in ("t1", "t2"):
+        await publish_result(plain, task_id)
+    assert await contents(handles + others) == ["of t1", "of t2"]
     assert subscriptions(plain) == before
 
 
@@ -119,12 +122,13 @@ async def test_a_client_among_many_of_its_submitter_gets_only_its_own_results(
     other = await connect()
     before = subscriptions(plain)
     handles = [await open_handle(plain, f"t{n}") for n in range(4)]
+    assert subscriptions(plain) == before + 2
     await plain.requests.flush()
     await publish_foreign(other, limit)
     await until(lambda: subscriptions(plain) == before + 4, what="each task has a subscription of its own")
-    handles.append(await open_handle(plain, "t4"))
-    assert subscriptions(plain) == before + 5
     await handles[0].close()
+    handles.append(await open_handle(plain, "t4"))
+    assert subscriptions(plain) == before + 4
     await plain.requests.flush()
     for n in range(1, 5):
         await publish_result(other, f"t{n}")
@@ -151,13 +155,14 @@ async def test_a_client_shares_a_subscription_again_after_a_while(
     monkeypatch.setattr(result_subscriptions, "SEPARATE_S", 0.0)
     other = await connect()
     before = subscriptions(plain)
-    handles = [await open_handle(plain, "first")]
+    handles = [await open_handle(plain, task_id) for task_id in ("first", "second")]
     await plain.requests.flush()
     await publish_foreign(other, limit)
     results = plain.results._by_submitter["public"]
-    await until(lambda: results._shared is None, what="the open task has a subscription of its own")
+    await until(lambda: results._shared is None, what="the open tasks have their own subscriptions")
     handles += [await open_handle(plain, f"t{n}") for n in range(3)]
-    await until(lambda: subscriptions(plain) == before + 2, what="the new tasks share a subscription")
+    await until(lambda: subscriptions(plain) == before + 3, what="the new tasks share a subscription")
+    await plain.requests.flush()
     for handle in handles:
         await publish_result(other, handle.task_id)
     assert await contents(handles) == [f"of {handle.task_id}" for handle in handles]
@@ -166,12 +171,14 @@ async def test_a_client_shares_a_subscription_again_after_a_while(
 
 async def test_a_client_with_half_of_the_results_keeps_the_shared_subscription(plain: Bus, limit: int) -> None:
     before = subscriptions(plain)
-    kept = await open_handle(plain, "kept")
+    first, kept = [await open_handle(plain, task_id) for task_id in ("first", "kept")]
+    await first.close()
     for n in range(3 * limit):
         handle = await open_handle(plain, f"t{n}")
         await publish_result(plain, f"t{n}")
         await publish_result(plain, f"foreign{n}")
         await handle.content(2)
     assert subscriptions(plain) == before + 1
+    assert plain.results._by_submitter["public"]._separate == {}
     await kept.close()
     assert subscriptions(plain) == before
