@@ -10,8 +10,8 @@ from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.hops.outcomes import Next
-from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.service import Execute

@@ -22,7 +22,7 @@ from loom.bus.natsio.clock import ServerClock
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.timings import ServiceTimings
-from loom.schemas.auction import Offer
+from loom.schemas.auction import MAX_LOTS, Lot, Offer
 from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
@@ -80,6 +80,16 @@ async def test_bids_have_the_tokens_runs_took_so_far(stage: Stage) -> None:
     host = await stage.host([node(agent=slow)])
     await (await run(stage, host)).event("result")
     assert (await call(stage)).bids[0].expected_s > 0.04
+
+
+async def test_a_call_of_many_lots_gets_one_offer_whose_bids_are_for_all_of_them(stage: Stage) -> None:
+    await stage.host([node("n1", claim=0.9), node("n2", claim=0.2)])
+    lots = tuple(Lot(task_id=f"t{n}", attempt=1, complexity=0.5, remaining_s=60.0) for n in range(MAX_LOTS))
+    offer = await call(stage, lots=lots)
+    assert [bid.node_id for bid in offer.bids] == ["n1", "n2"]
+    assert all(bid.is_for(lot.task_id) for bid in offer.bids for lot in lots)
+    await stage.bus.requests.flush()
+    assert len(stage.all("offer")) == 1
 
 
 async def test_only_so_many_bids_are_offered_the_preferred_first(stage: Stage) -> None:

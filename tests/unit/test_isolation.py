@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.wait import until
 
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 
 
 class Visitors:
