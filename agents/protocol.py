@@ -1,6 +1,6 @@
 """The agent protocol, and the conversion of an agent's stream into a result."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from msgspec.structs import replace
@@ -67,11 +67,18 @@ class Output:
             raise AgentFailed(f"endless output: more than {limit}")
 
 
-async def collect(agent: StreamingAgent, request: RunRequest, on_progress: OnProgress | None = None) -> RunResult:
+async def collect(
+    agent: StreamingAgent,
+    request: RunRequest,
+    on_progress: OnProgress | None = None,
+    *,
+    remaining_s: float | None = None,
+) -> RunResult:
     """Run a request to its end and return the result, including the costs that the agent has reported.
 
     Args:
         on_progress: Called with each progress event.
+        remaining_s: Seconds to the deadline; default: those of the request.
 
     Raises:
         LoomError: The agent failed: it raised, yielded an ErrorEvent, or gave an empty, endless or invalid answer.
@@ -79,7 +86,7 @@ async def collect(agent: StreamingAgent, request: RunRequest, on_progress: OnPro
         BudgetExceeded: The run used more than the request's `token_budget`.
         asyncio.CancelledError: The current task was cancelled.
     """
-    job = Job.of(request)
+    job = Job.of(request) if remaining_s is None else Job.of(request, remaining_s=remaining_s)
     try:
         return await _collect(agent, job, on_progress)
     except LoomError as error:
@@ -124,8 +131,8 @@ class _Collector:
         """Text that was not yielded as events; it is the answer if there is no Done."""
         self._tool_errors = 0
 
-    def add(self, item: Any) -> Iterator[Progress]:
-        """Add a yielded value, and yield its progress events.
+    def add(self, item: Any) -> Iterable[Progress]:
+        """Add a yielded value, and return its progress events.
 
         Raises:
             LoomError: The value is an ErrorEvent or not an event, or the output is endless.
@@ -133,7 +140,14 @@ class _Collector:
         self._output.add(_size(item))
         if isinstance(item, str):
             self._texts.append(item)
-        for event in events_of(item):
+        events = events_of(item)
+        if len(events) == 1 and type(events[0]) in _PROGRESS_ONLY:
+            return events  # type: ignore[return-value]  # none of them is a Done
+        return self._progress_in(events)
+
+    def _progress_in(self, events: Iterable[AgentEvent]) -> Iterator[Progress]:
+        """Yield the events that are progress, and keep what the others mean for the result."""
+        for event in events:
             if type(event) in _PROGRESS_ONLY:
                 yield event  # type: ignore[misc]  # none of them is a Done
                 continue
