@@ -19,6 +19,9 @@ from loom.schemas.events import AgentEvent, Done, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
 
+NO_USAGE = TokenUsage()
+"""Usage of a function that reports no costs in its values."""
+
 
 class FunctionAgent:
     """Makes an agent from a function, which may be async or sync (run in a thread), or a generator of either kind.
@@ -89,7 +92,7 @@ class _CollectedText:
     """Collects the text of a function, up to the size limit of a result, and the costs in its values."""
 
     def __init__(self) -> None:
-        self.usage = TokenUsage()
+        self.usage = NO_USAGE
         self._output = Output()
         self._pieces: list[str] = []
         self._chars_left = MAX_CONTENT_BYTES + 1

@@ -173,7 +173,9 @@ class _Collector:
         if done is None or not done.content or done.content.isspace():
             message = "the agent ended without an answer: its last event must be a Done with content"
             raise AgentFailed(message, task_id=self._job.task_id)
-        done = replace(done, content=as_json_string(done.content, self._job.accept))
+        content = as_json_string(done.content, self._job.accept)
+        if content is not done.content:
+            done = replace(done, content=content)
         result = _with_reported_costs(result_of(done, tool_errors=self._tool_errors), self._job.spent)
         check_budget(self._job, result.tokens, spent=done)
         return result
@@ -203,7 +205,7 @@ def _size(item: Any) -> int:
 
 def _with_reported_costs(result: RunResult, spent: Spent) -> RunResult:
     """Return the result with the costs added that the agent has reported."""
-    if not spent.tokens and not spent.usd:
+    if not (spent.prompt_tokens or spent.completion_tokens or spent.usd):
         return result
     return replace(
         result,

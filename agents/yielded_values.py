@@ -62,7 +62,8 @@ def _read(item: Any) -> Sequence[AgentEvent]:
     if isinstance(item, ReasoningDelta) and isinstance(item.text, str):
         return (replace(item, text=to_text(item.text)[:MAX_CONTENT_BYTES]),)
     if isinstance(item, Done):
-        return (replace(item, content=_text(item.content)),)
+        content = _text(item.content)
+        return (item if content is item.content else replace(item, content=content),)
     if isinstance(item, EVENTS):
         return (_checked(item, type(item).__name__),)
     event = event_in(item)

@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec.structs import replace
@@ -31,6 +30,9 @@ It also limits how far an agent may run ahead of its connection.
 PATIENCE_S = 3.0
 """Age of a request beyond which no run is started for it: EXECUTE repeats the request every second while it waits."""
 
+NO_USAGE = RunResult()
+"""Usage of a run that has delegated nothing."""
+
 RunKey = tuple[str, int]
 """Task id and attempt."""
 
@@ -52,7 +54,7 @@ class Run:
         """The encoded last event, after the run has ended."""
         self.has_slot = asyncio.Event()
         """Set when the run has a slot again after it waited for delegated tasks."""
-        self.delegated_usage = RunResult()
+        self.delegated_usage = NO_USAGE
         """Tokens and dollars of delegated tasks."""
         self._bus = bus
         self._subject = subject
@@ -138,8 +140,10 @@ class Run:
         self.emit("tool_call" if isinstance(event, (ToolCallStart, ToolCallEnd)) else "delta", event=event)
         if self._bytes_ahead >= BATCH_BYTES and self._batch:
             self._bytes_ahead = 0
-            with log_lost_events(self._bus):
+            try:
                 await self._bus.connection.publish(self._subject, self._take_batch())
+            except LoomError as error:
+                log_lost_events(self._bus, error)
             await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
     async def await_delegated(self, ad: TaskAd, call: int) -> TaskResult:
@@ -178,7 +182,7 @@ class Run:
     def with_delegated_usage(self, result: RunResult | None) -> RunResult | None:
         """Return the run's own result with the tokens and dollars of its delegated tasks added."""
         delegated = self.delegated_usage
-        if not delegated.tokens and not delegated.usd:
+        if delegated is NO_USAGE or not (delegated.tokens or delegated.usd):
             return result
         own = result or RunResult()
         return replace(
@@ -207,18 +211,16 @@ class Run:
 
 def publish_events(bus: Bus, subject: str, body: bytes) -> None:
     """Publish an encoded event, or several as an array; a failure is logged."""
-    with log_lost_events(bus):
-        bus.connection.publish_nowait(subject, body)
-
-
-@contextmanager
-def log_lost_events(bus: Bus) -> Iterator[None]:
-    """Log events that cannot be sent; the watcher detects the gap in their numbers, or the silence."""
     try:
-        yield
+        bus.connection.publish_nowait(subject, body)
     except LoomError as error:
-        if not bus.connection.closing:
-            log.warning("run_event_lost", reason=error.message)
+        log_lost_events(bus, error)
+
+
+def log_lost_events(bus: Bus, error: LoomError) -> None:
+    """Log events that could not be sent; the watcher detects the gap in their numbers, or the silence."""
+    if not bus.connection.closing:
+        log.warning("run_event_lost", reason=error.message)
 
 
 def stale_reason(request: RunRequest, bus: Bus) -> str | None:
