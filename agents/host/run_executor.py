@@ -69,8 +69,8 @@ class RunExecutor:
             return False
         self._table.add(run)
         queue.enqueue(run)
-        run.emit("accepted", queued=max(0, queue.queued - (queue.slots - len(queue.running))))
-        run.flush()  # its agent may not return to the event loop for long
+        queued = max(0, queue.queued - (queue.slots - len(queue.running)))
+        run.emit("accepted", at_once=True, queued=queued)  # its agent may not return to the event loop for long
         self._start_queued(node.id, queue, node)
         return True
 

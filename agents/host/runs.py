@@ -62,6 +62,7 @@ class Run:
         self._batch: list[bytes] = []
         """Events that are not sent yet."""
         self._batch_bytes = 0
+        self._flush_is_scheduled = False
         self._bytes_ahead = 0
         """Bytes emitted since the agent last waited for the connection."""
         self._first: tuple[int, bytes] | None = None
@@ -90,10 +91,13 @@ class Run:
         """Seconds to the task's deadline, 0 or more; time in the backlog counts."""
         return max(0.0, self._until - time.monotonic())
 
-    def emit(self, kind: RunKind, **fields: Any) -> None:
+    def emit(self, kind: RunKind, *, at_once: bool = False, **fields: Any) -> None:
         """Emit the next event, batched with all events of this and the next turn of the event loop.
 
         A final event is sent at once; later events are dropped.
+
+        Args:
+            at_once: Whether the event is sent in this turn, with all that are not sent yet.
         """
         if self.final_event is not None:
             return
@@ -108,22 +112,27 @@ class Run:
         elif kind != "heartbeat":
             self._history.append((seq, event))
         self._bytes_ahead += len(event)
-        self._append(event)
         if kind in FINAL_KINDS:
             self.final_event = event
+            at_once = True
+        self._append(event)
+        if at_once:
             self.flush()
+        elif not self._flush_is_scheduled:
+            self._flush_is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush_next_turn)
 
     def _append(self, event: bytes) -> None:
         if self._batch_bytes + len(event) > BATCH_BYTES:
             self.flush()
-        if not self._batch:
-            asyncio.get_running_loop().call_soon(self._flush_next_turn)
         self._batch.append(event)
         self._batch_bytes += len(event)
 
     def _flush_next_turn(self) -> None:
         """Flush one turn later, because tasks that start in this turn may emit more events."""
-        asyncio.get_running_loop().call_soon(self.flush)
+        self._flush_is_scheduled = False
+        if self._batch:
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
         """Send all events that are not sent yet."""
