@@ -55,8 +55,7 @@ class FunctionAgent:
         try:
             job = job if isinstance(job, Job) else Job.of(job)
             result = await self._fn.call(job.description if self._takes_text else job)
-            with contain():
-                source = _async_iterable(result)
+            source = _async_iterable(result)
             if source is not None:
                 async with ClosingIterator(source) as pieces:
                     async for piece in pieces:
@@ -83,9 +82,10 @@ def _async_iterable(result: Any) -> AsyncIterable[Any] | None:
     """Return the async iterable of a generator's result, or None for an answer that was returned."""
     if type(result) is str:
         return None
-    if isinstance(result, Generator):
-        return ThreadedIteration(result)
-    return result if hasattr(result, "__aiter__") else None
+    with contain():
+        if isinstance(result, Generator):
+            return ThreadedIteration(result)
+        return result if hasattr(result, "__aiter__") else None
 
 
 class _CollectedText:
@@ -128,6 +128,8 @@ class _CollectedText:
 
     def add_returned(self, value: Any) -> Iterable[AgentEvent]:
         """Add a returned value and return it as events; text beyond the size limit is not converted."""
+        if type(value) is str:
+            return self._keep(to_text(value[: self._chars_left]))
         with contain():
             text = self._text(value[: self._chars_left] if isinstance(value, str) else value)
         return self._keep(text)
