@@ -14,6 +14,7 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
 from loom.bus.stored_rewards import SKEW_S
 from loom.bus.topology import stream_state
+from loom.phases.adapt.concurrency import for_each
 from loom.phases.adapt.evidence import apply_reward, change_between, newest_time, summary
 from loom.phases.adapt.profile_store import ProfileStore
 from loom.phases.adapt.rebuild import rebuild
@@ -179,8 +180,7 @@ class ProfileWriter:
         Raises:
             BusUnavailable: The server has not answered.
         """
-        for key in list(self._unwritten):
-            await self._write(key)
+        await for_each(list(self._unwritten), self._write)
         await self._summaries.write_stale(time.monotonic(), self._unwritten)
         self._flushed_at = time.monotonic()
 
