@@ -48,8 +48,8 @@ def current_run() -> RunContext | None:
 
 
 @contextmanager
-def entered(run_context: RunContext) -> Iterator[None]:
-    """Make a context that of the calling run, for functions that have no other way to it."""
+def as_current_run(run_context: RunContext) -> Iterator[None]:
+    """Make `current_run` return a context in the body of the `with`, and in the tasks that the body starts."""
     token = _current.set(run_context)
     try:
         yield

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from loom.agents.host import run_table
-from loom.agents.host.announce_pace import AnnouncePace
 from loom.agents.host.announcement import node_fields
-from loom.agents.host.announcer import Announcer
+from loom.agents.host.announcer import AnnouncePace, Announcer
 from loom.agents.host.bidding import Bidder
 from loom.agents.host.node_partition import NodePartition
 from loom.agents.host.publishing import log_failures, repeat_every

@@ -18,7 +18,7 @@ from loom.agents.host.run_table import RunTable
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import Node, RunQueue, RunQueues
 from loom.agents.protocol import collect, failed, raised
-from loom.agents.run_context import entered
+from loom.agents.run_context import as_current_run
 from loom.agents.user_code import ends_task
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
@@ -134,7 +134,7 @@ class RunExecutor:
             async with self._agents.started(self._find_node(node_id)) as agent:
                 job = replace(job, remaining_s=run.left_s)
                 delegator = Delegator(run, queue, partial(self.start_queued, node_id))
-                with entered(delegator):
+                with as_current_run(delegator):
                     result = await collect(agent, job, run.emit_progress, run_context=delegator)
             queue.record_usage(result)
             return delegator.overspent(result), result

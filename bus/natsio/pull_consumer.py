@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from nats.aio.subscription import Subscription
@@ -14,16 +15,24 @@ from loom.schemas.errors import BusUnavailable, LoomError
 
 log = get_logger()
 
-EXPIRES_S = 30.0
-HEARTBEAT_S = 2.0
-"""Seconds between two heartbeats of the server while a request is pending."""
-QUIET_S = 2.5 * HEARTBEAT_S
-"""Seconds without a message or heartbeat after which the consumer is restored: its leader may have died."""
-RETRY_S = 0.25
-RETRY_MOST_S = 4.0
-"""Longest pause before another try to restore the consumer, in seconds; each pause is twice the last."""
 STALLED_AFTER = 3
 """Unanswered tries in a row to restore a consumer, after which another server is tried."""
+
+
+@dataclass(frozen=True)
+class PullTimings:
+    """Intervals of a pull consumer, in seconds."""
+
+    expires_s: float = 30.0
+    """Time after which the server ends a request."""
+    heartbeat_s: float = 2.0
+    """Interval between two heartbeats of the server while a request is pending."""
+    quiet_s: float = 5.0
+    """Time without a message or heartbeat after which the consumer is restored: its leader may have died."""
+    min_retry_s: float = 0.25
+    """Pause before the first try to restore the consumer; each further pause is twice the last."""
+    max_retry_s: float = 4.0
+    """Longest pause before another try."""
 
 
 class PullConsumer:
@@ -35,6 +44,7 @@ class PullConsumer:
         window: Returns how many messages the caller can take now; those already requested count against it.
         sink: Called with each message; must not block.
         restore: Awaited before the next request when the consumer is deleted or unreachable.
+        timings: Intervals.
     """
 
     def __init__(
@@ -46,13 +56,19 @@ class PullConsumer:
         window: Callable[[], int],
         sink: Callable[[Msg], None],
         restore: Callable[[], Any] | None = None,
+        timings: PullTimings = PullTimings(),
     ) -> None:
         self._jetstream = jetstream
+        self._timings = timings
         self._api = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._consumer = consumer
         self._window = window
         self._sink = sink
         self._restore_consumer = restore
+        self._request_times = {
+            "expires": int(timings.expires_s * 1e9),
+            "idle_heartbeat": int(timings.heartbeat_s * 1e9),
+        }
         self._pending = 0
         self._received_at = 0.0
         """Monotonic time of the last message or heartbeat."""
@@ -63,7 +79,7 @@ class PullConsumer:
         self._pulling: asyncio.Task[Any] | None = None
         self._watching: asyncio.Task[Any] | None = None
         self._restoring: asyncio.Task[Any] | None = None
-        self._retry_s = RETRY_S
+        self._min_retry_s = self._retry_s = timings.min_retry_s
         self._failures = 0
         """Tries in a row to restore the consumer that the server did not answer."""
         self._stopped = False
@@ -140,14 +156,14 @@ class PullConsumer:
         self._pending += count
         if self._pending == count:
             self._received_at = time.monotonic()
-        body = {"batch": count, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
+        body = {"batch": count, **self._request_times}
         await self._jetstream.connection.publish(self._api, body, reply=self._inbox)
 
     def _on_message(self, msg: Msg) -> None:
         self._received_at = time.monotonic()
         status = None if msg.reply.startswith("$JS.ACK") else msg.status
         if status in (None, "100"):
-            self._retry_s = RETRY_S
+            self._retry_s = self._min_retry_s
         if status is None:
             self._pending = max(0, self._pending - 1)
             self._sink(msg)
@@ -157,7 +173,7 @@ class PullConsumer:
     def _on_status(self, status: str, msg: Msg) -> None:
         headers = msg.headers
         if status in ("408", "404") or "Nats-Pending-Messages" in headers:
-            self._retry_s = RETRY_S
+            self._retry_s = self._min_retry_s
             unsent = int(headers.get("Nats-Pending-Messages", self._pending))
             self._pending = max(0, self._pending - unsent)
             self.top_up()
@@ -168,7 +184,7 @@ class PullConsumer:
     async def _watch(self) -> None:
         while not self._stopped:
             await asyncio.sleep(1)
-            if self._pending and time.monotonic() - self._received_at > QUIET_S:
+            if self._pending and time.monotonic() - self._received_at > self._timings.quiet_s:
                 log.info("pull_heartbeat_missed", consumer=self._consumer)
                 self._begin_restore()
             else:
@@ -186,7 +202,7 @@ class PullConsumer:
             )
 
     async def _restore(self) -> None:
-        wait_s, self._retry_s = self._retry_s, min(2 * self._retry_s, RETRY_MOST_S)
+        wait_s, self._retry_s = self._retry_s, min(2 * self._retry_s, self._timings.max_retry_s)
         await asyncio.sleep(wait_s)
         if self._restore_consumer is not None:
             try:

@@ -8,15 +8,15 @@ const node = { node_id: "shouter", domains: [{ domain: "shout", self_rating: 0.9
 const nc = await connect({ servers: NATS_URL });
 const send = (subject, body) => nc.publish(subject, JSON.stringify(body));
 const ended = (run) => ["result", "error"].includes(run.events.at(-1)?.kind);
-const say = (run, kind, facts) => ended(run) || send(run.subject, run.events[run.events.push({ seq: run.events.length, kind, ...facts }) - 1]);
+const report = (run, kind, facts) => ended(run) || send(run.subject, run.events[run.events.push({ seq: run.events.length, kind, ...facts }) - 1]);
 
 async function work(run, words) {
   for (const word of words) {
     if (ended(run)) return;
-    say(run, "delta", { event: { type: "text_delta", text: `${word} ` } });
+    report(run, "delta", { event: { type: "text_delta", text: `${word} ` } });
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
-  say(run, "result", { result: { content: words.join(" ") } });
+  report(run, "result", { result: { content: words.join(" ") } });
 }
 function onMessage(error, msg) {
   const body = msg.json(), family = msg.subject.split(".")[1], key = `${body.task_id}:${body.attempt}`;
@@ -25,15 +25,15 @@ function onMessage(error, msg) {
     return send(`${ns}.offer.${host}.${body.answer_to}`, fits ? { bids: [node] } : { decline: "unqualified" });
   }
   const run = runs.get(key) ?? runs.set(key, { events: [], subject: `${ns}.event.${host}.0.0` }).get(key);
-  if (family === "stop") return say(run, "error", { error: { code: "cancelled", message: "the run was stopped" } });
+  if (family === "stop") return report(run, "error", { error: { code: "cancelled", message: "the run was stopped" } });
   if (run.subject !== msg.reply) send(run.subject, { seq: run.events.length, kind: "moved" }); // to another EXECUTE
   run.subject = msg.reply;
   if (run.events.length) return send(msg.reply, run.events.slice(body.from_seq ?? 0));
-  for (const kind of ["accepted", "started"]) say(run, kind);
+  for (const kind of ["accepted", "started"]) report(run, kind);
   work(run, body.description.toUpperCase().split(/\s+/));
 }
 for (const name of ["auction.*", `call.${host}`, `run.${host}`, `stop.${host}`]) nc.subscribe(`${ns}.${name}`, { callback: onMessage });
 for (;; await new Promise((resolve) => setTimeout(resolve, 2000))) {
   send(`${ns}.host.${host}`, { nodes: [node] });
-  for (const run of runs.values()) say(run, "heartbeat");
+  for (const run of runs.values()) report(run, "heartbeat");
 }

@@ -76,7 +76,7 @@ class Evaluate:
         self._records = records(bus)
         self._plans = bus.bucket("plans", SplitPlan)
         self._rewards = RewardBus(bus=bus)
-        self._checks = CheckPool(bus)
+        self._checks = CheckPool(bus, timings.checks)
         service = Service("evaluate", [(EVALUATE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
 

@@ -1,6 +1,8 @@
-"""The times of EVALUATE that an operator or a test may set."""
+"""The times of EVALUATE."""
 
 from dataclasses import dataclass
+
+from loom.phases.shared.timings import CheckTimings
 
 
 @dataclass(frozen=True)
@@ -9,3 +11,5 @@ class EvaluateTimings:
 
     check_again_s: float = 1.0
     """Pause before a result that could not be checked is consumed again."""
+    checks: CheckTimings = CheckTimings()
+    """Limits of acceptance checks."""

@@ -109,6 +109,7 @@ class RunStream:
         self._hosts = hosts
         self._bus = hosts.bus
         self._timings = hosts.timings
+        self._silence_s = hosts.timings.silence_s
         self._host = host
         self._request = request
         self._interrupt = interrupt
@@ -187,7 +188,8 @@ class RunStream:
         """
         while True:
             if not self._events:
-                await (self._wait_for_next() if self.has_events else self._wait_for_first())
+                silence_s = self._silence_s
+                await (self._wait_for_event(silence_s, silence_s) if self.has_events else self._wait_for_first())
             if self._interrupt.reason is not None and not self._events:
                 return None
             event = self._events.popleft()
@@ -243,11 +245,6 @@ class RunStream:
             )
             self._advance(next_seq)
 
-    async def _wait_for_next(self) -> None:
-        """Wait for three heartbeats' time for the event after the last one."""
-        silence_s = self._timings.silence_s
-        await self._wait_for_event(silence_s, silence_s)
-
     async def _wait_for_event(self, wait_s: float, limit_s: float) -> None:
         """Wait up to `wait_s` for an event, the last part of the `limit_s` that the host has."""
         await self._wait(wait_s)
@@ -263,7 +260,7 @@ class RunStream:
         times = self._timings
         wait_s, patience_s = times.accept_s, times.absent_s
         if self._attached:
-            wait_s, patience_s = times.silence_s, times.accept_s
+            wait_s, patience_s = self._silence_s, times.accept_s
         give_up = time.monotonic() + wait_s
         while not self._is_ready:
             if self._absent_s >= patience_s:

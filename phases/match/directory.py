@@ -12,11 +12,11 @@ from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.kv import BucketReader
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.announced_nodes import AnnouncedNodes, TaskRequirements
+from loom.phases.match.calls.offers import HostOffer
+from loom.phases.match.calls.presence import HostPresence
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.node_ownership import NodeOwnership
-from loom.phases.match.offers import HostOffer
 from loom.phases.match.partial_decoding import to_profile
-from loom.phases.match.presence import HostPresence
 from loom.phases.match.ranking import Ranking
 from loom.phases.match.timings import MatchTimings
 from loom.schemas.identity import qualified
@@ -62,6 +62,8 @@ class HostDirectory:
         self.announcements_requested_at = 0.0
         """Monotonic time of the request for announcements."""
         self._node_added = asyncio.Event()
+        self._spawners: set[HostKey] = set()
+        """Hosts that can start nodes on request."""
         self._summaries: dict[str, ProfileSummary] = {}
         self._announcements = AnnouncementReader(bus.discards, _now)
         self._presence = HostPresence(_now, MAX_HOSTS, self._remove_nodes, unproven_every_s=timings.unproven_every_s)
@@ -95,7 +97,12 @@ class HostDirectory:
     @property
     def only_plain(self) -> bool:
         """Whether hosts are present, but none of them answers calls."""
-        return self.has_hosts and not self._presence.has_bidding_hosts
+        return self.has_hosts and not self.bidding_hosts
+
+    @property
+    def bidding_hosts(self) -> int:
+        """Number of present hosts that answer calls."""
+        return self._presence.bidding_hosts
 
     @property
     def has_hosts(self) -> bool:
@@ -106,6 +113,11 @@ class HostDirectory:
     def has_nodes(self) -> bool:
         """Whether any present host announces a node."""
         return self._ownership.size > 0
+
+    @property
+    def can_spawn(self) -> bool:
+        """Whether any present host can start nodes on request."""
+        return bool(self._spawners)
 
     @property
     def node_added(self) -> asyncio.Event:
@@ -123,6 +135,10 @@ class HostDirectory:
     def record_answers(self, offers: Sequence[HostOffer], missing: AbstractSet[HostKey]) -> None:
         """Record which hosts answered a call and which did not; a draining host does not become awaited."""
         self._presence.record_answers([offer.host for offer in offers if offer.decline != "draining"], missing)
+
+    def record_late_answer(self, host: HostKey) -> None:
+        """Record that a host answered a call after all awaited hosts."""
+        self._presence.record_answers([host], frozenset())
 
     def may_yet_bid(self, requirements: TaskRequirements, answered: AbstractSet[HostKey]) -> bool:
         """Return whether a capable node is announced on a host that may answer the next call.
@@ -144,6 +160,7 @@ class HostDirectory:
     def _remove_nodes(self, host: HostKey) -> None:
         self._ownership.remove_host(host)
         self.nodes.remove_host(host)
+        self._spawners.discard(host)
         self._announcements.forget_nodes(host)
 
     def _on_announcement(self, msg: Msg) -> None:
@@ -159,6 +176,7 @@ class HostDirectory:
             self._record_nodes(announced)
 
     def _record_nodes(self, host: AnnouncedHost) -> None:
+        (self._spawners.add if host.can_spawn else self._spawners.discard)(host.key)
         if not self.nodes.update(host):
             return
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)

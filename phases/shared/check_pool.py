@@ -15,6 +15,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
 from loom.phases.shared.check_process import HelperDied, HelperProcess
+from loom.phases.shared.timings import CheckTimings
 from loom.schemas.base import Message, encode
 from loom.schemas.errors import Overloaded
 from loom.schemas.task import Accept, TaskError
@@ -26,14 +27,8 @@ QUICK_S: Final = 0.1
 """CPU seconds of a check in the quick lane; a check that needs more moves to the slow lane."""
 SLOW_S: Final = 1.0
 """CPU seconds of a check in the slow lane; a check that needs more has failed."""
-WAIT_S: Final = 2.0
-"""Seconds that a check may wait for its turn in each lane."""
-STUCK_S: Final = 30.0
-"""Wall-clock seconds after which a helper counts as stuck: load alone does not explain them."""
 MAX_SLOW: Final = 8
 """Limit of checks in the slow lane, including the running one."""
-RESTART_S: Final = 1.0
-"""Pause, in seconds, after a helper that failed to start."""
 MAX_REMEMBERED: Final = 1024
 """Limit of cached outcomes."""
 
@@ -68,11 +63,15 @@ class CheckPool:
 
     Every check starts in the quick lane, where it can delay others by a tenth of a second. Costly checks wait for each
     other in the slow lane. The processes end with the bus.
+
+    Args:
+        bus: A connected bus.
+        timings: Limits of waits and of helper processes.
     """
 
-    def __init__(self, bus: Bus) -> None:
-        self._quick = _Lane(bus, QUICK_S, limit=None)
-        self._slow = _Lane(bus, SLOW_S, limit=MAX_SLOW)
+    def __init__(self, bus: Bus, timings: CheckTimings = CheckTimings()) -> None:
+        self._quick = _Lane(bus, QUICK_S, timings, limit=None)
+        self._slow = _Lane(bus, SLOW_S, timings, limit=MAX_SLOW)
         self._outcomes: _LRU[str | None] = _LRU()
         """Digest of pattern and schema -> why they are unusable; None: they are usable."""
         self._slow_digests: _LRU[bool] = _LRU()
@@ -140,11 +139,13 @@ class _Lane:
 
     Args:
         cpu_s: CPU seconds for each check.
+        timings: Limits of waits and of the helper process.
         limit: Limit of waiting and running checks; None: only the waiting time is limited.
     """
 
-    def __init__(self, bus: Bus, cpu_s: float, limit: int | None) -> None:
+    def __init__(self, bus: Bus, cpu_s: float, timings: CheckTimings, limit: int | None) -> None:
         self._bus = bus
+        self._timings = timings
         self._cpu_s = cpu_s
         self._limit = limit
         self._lock = asyncio.Lock()
@@ -165,14 +166,14 @@ class _Lane:
             if helper is None or not helper.is_alive:
                 helper = await self._start()
             try:
-                reply = _decode_reply(await helper.ask(raw, STUCK_S))
+                reply = _decode_reply(await helper.ask(raw, self._timings.stuck_s))
             except HelperDied as died:
                 self._end_helper("cpu" if died.why == "cpu" else "memory, or a signal")
                 return _Reply(kind="slow" if died.why == "cpu" else "died")
             except TimeoutError:
                 self._end_helper("stuck")
                 why = "the helper process that checks accept is stuck"
-                raise NotChecked(why, retry_after_s=RESTART_S) from None
+                raise NotChecked(why, retry_after_s=self._timings.restart_s) from None
             except BaseException:  # a cancellation: its answer would be read as that of the next check
                 self._end_helper("cancelled")
                 raise
@@ -182,16 +183,17 @@ class _Lane:
 
     @asynccontextmanager
     async def _acquired(self) -> AsyncIterator[None]:
+        wait_s = self._timings.wait_s
         if self._limit is not None and self._pending >= self._limit:
-            raise NotChecked("too many costly checks of accept are waiting; try again later", retry_after_s=WAIT_S)
+            raise NotChecked("too many costly checks of accept are waiting; try again later", retry_after_s=wait_s)
         self._pending += 1
         try:
             try:
-                async with asyncio.timeout(WAIT_S):
+                async with asyncio.timeout(wait_s):
                     await self._lock.acquire()
             except TimeoutError:
-                why = f"the check of accept waited for {WAIT_S:g} s; try again later"
-                raise NotChecked(why, retry_after_s=WAIT_S) from None
+                why = f"the check of accept waited for {wait_s:g} s; try again later"
+                raise NotChecked(why, retry_after_s=wait_s) from None
             try:
                 yield
             finally:
@@ -202,15 +204,15 @@ class _Lane:
     async def _start(self) -> HelperProcess:
         self._end_helper("")
         if time.monotonic() < self._not_before:
-            raise NotChecked("no helper process can be started to check accept", retry_after_s=RESTART_S)
-        self._not_before = time.monotonic() + RESTART_S
+            raise NotChecked("no helper process can be started to check accept", retry_after_s=self._timings.restart_s)
+        self._not_before = time.monotonic() + self._timings.restart_s
         try:
             helper = await HelperProcess.start()
         except (OSError, HelperDied) as error:  # TimeoutError is an OSError
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             log.error("json_schema_check_not_started", reason=reason)
             why = f"no helper process can be started to check accept ({reason})"
-            raise NotChecked(why, retry_after_s=RESTART_S) from None
+            raise NotChecked(why, retry_after_s=self._timings.restart_s) from None
         self._not_before = 0.0
         self._helper = helper
         self._bus.tasks.spawn(_end_with_bus(helper), name="check helper")

@@ -11,7 +11,7 @@ from bench.measure import closed_loop, quantile, verdict
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.phases.match import Match
-from loom.phases.match.scoring import Awarded
+from loom.phases.match.ranked_bids import Awarded
 from loom.schemas.auction import ANNOUNCED_NODES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec

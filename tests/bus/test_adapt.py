@@ -53,7 +53,7 @@ async def writes(stage: Stage) -> int:
 
 
 def hold(adapt: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
-    """Hold back what a replica writes; return what is set once it writes, and what lets it go on."""
+    """Hold the writes of a replica; return an event set at its first write, and an event that releases it."""
     bucket, entered, go = adapt.service._writer._bucket, asyncio.Event(), asyncio.Event()
     update = bucket.update
 
@@ -111,7 +111,7 @@ async def test_rewards_that_come_during_a_write_are_written_next(stage: Stage, m
 async def test_an_inheritance_that_comes_during_a_write_is_written_next(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names no task: that it is unwritten shows in the profile alone."""
+    """It names no task: only the profile shows that it is unwritten."""
     adapt: Any = await stage.phase("adapt")
     entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
@@ -179,11 +179,11 @@ async def test_one_name_of_two_owners_is_two_nodes(stage: Stage) -> None:
     await publish(stage, reward(1), reward(2, score=0.0, owner="acme"), reward(3, owner="acme"))
     await learned(stage, 1)
 
-    async def theirs() -> NodeProfile | None:
+    async def other_profile() -> NodeProfile | None:
         entry = await stage.bus.bucket("nodes", NodeProfile).get("acme.n1")
         return entry.value if entry is not None and entry.value.total_tasks == 2 else None
 
-    found = await until(theirs, what="the other owner's node has a profile of its own")
+    found = await until(other_profile, what="the other owner's node has a profile of its own")
     assert found is not None
     assert (found.owner, found.node_id, found.domains["code"].mean) == ("acme", "n1", 0.5)
     news = await stage.seen("lifecycle", kind="learned", owner="acme", node_id="n1")
@@ -206,7 +206,7 @@ async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) 
     assert stored.total_tasks == 16
 
 
-async def test_a_drain_writes_what_is_folded(stage: Stage) -> None:
+async def test_a_drain_writes_the_folded_rewards(stage: Stage) -> None:
     stage.timings = ServiceTimings(adapt=AdaptTimings(batch_s=60))
     adapt: Any = await stage.phase("adapt")
     await publish(stage, reward(1))
@@ -239,7 +239,7 @@ async def at_the_end(stage: Stage) -> bool:
 
 @pytest.fixture
 async def replicas(stage: Stage) -> list[Replica]:
-    """Two replicas; a standby looks after 0.2 s."""
+    """Two replicas; a standby checks after 0.2 s."""
     stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.2))
     return [await stage.phase("adapt"), await stage.phase("adapt")]
 
@@ -284,8 +284,10 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
     assert {"t3", "t4", "t5"} <= tasks_named(stage)
 
 
-async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
+async def test_a_replica_that_lags_behind_adopts_the_stored_profile(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own write conflicts while it folds on: neither the rewards folded since nor the stored ones are lost."""
     stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.1))
     slow: Any = await stage.phase("adapt")
     entered, go = hold(slow, monkeypatch)

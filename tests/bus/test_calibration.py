@@ -11,7 +11,7 @@ from loom.schemas.task import TaskAd
 
 
 async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> None:
-    """Tasks SENSE took for this hard, all of which took no effort at all."""
+    """Tasks with this estimated complexity, all of which took no effort at all."""
     for estimated in estimates:
         task = new_id()
         await RewardBus(bus=stage.bus).publish(
@@ -29,17 +29,17 @@ async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> N
 
 
 async def known(stage: Stage, count: int) -> Calibration:
-    async def there() -> Calibration | None:
+    async def stored() -> Calibration | None:
         entry = await stage.bus.bucket("tuning", Calibration).get(f"{BIAS}code")
         return entry.value if entry and entry.value.count >= count else None
 
-    found = await until(there, within_s=20, what=f"{count} tasks are calibrated by")
+    found = await until(stored, within_s=20, what=f"{count} tasks are calibrated by")
     assert found is not None
     return found
 
 
 async def sensed(stage: Stage, **facts: float) -> tuple[float, str]:
-    """Return how hard SENSE takes a task of one word to be, and what it notes."""
+    """Return SENSE's estimate of the complexity of a task of one word, and its note."""
     ad = TaskAd(task_id=new_id(), domain="code", description="word " * 40, **facts)  # type: ignore[arg-type]
     await Asker(stage.bus).ask(stage.bus.subjects.submit, ad)
     envelope = await stage.seen("task", phase="match", task_id=ad.task_id, within_s=20)
@@ -72,7 +72,7 @@ async def test_replicas_that_count_the_same_tasks_count_them_once(stage: Stage) 
         await done(stage, 0.5)
         await known(stage, count)
     await first.close()
-    await stage.phase("adapt")  # it reads the whole stream again
+    await stage.phase("adapt")  # the new replica reads the whole stream again
     await done(stage, 0.5)
     last = await known(stage, 8)
     assert (last.count, last.last_seq) == (8, 8)
@@ -89,7 +89,7 @@ async def test_domains_past_the_limit_leave_no_key_not_even_after_a_restart(
     await done(stage, 0.5)
     await known(stage, 2)
     await first.close()
-    await stage.phase("adapt")  # it reads the whole stream again
+    await stage.phase("adapt")  # the new replica reads the whole stream again
     await done(stage, 0.5, domain_token="made-up-3")
     await done(stage, 0.5)
     await known(stage, 3)

@@ -19,6 +19,7 @@ from loom.bus.bus import Bus
 from loom.phases.shared import check_pool
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.check_process import HelperDied, HelperProcess
+from loom.phases.shared.timings import CheckTimings
 from loom.schemas.base import encode
 from loom.schemas.task import Accept
 
@@ -119,8 +120,8 @@ async def test_too_many_costly_checks_are_put_off(pool: CheckPool) -> None:
     assert await asyncio.gather(*waiting) == [None] * check_pool.MAX_SLOW
 
 
-async def test_a_check_waits_a_bounded_time_for_its_turn(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_pool, "WAIT_S", 0.05)
+async def test_a_check_waits_a_bounded_time_for_its_turn(plain: Bus) -> None:
+    pool = CheckPool(plain, CheckTimings(wait_s=0.05))
     async with pool._quick._lock:
         with pytest.raises(NotChecked, match="accept waited"):
             await pool.violation("1", DIGITS)
@@ -163,13 +164,12 @@ async def test_a_cancelled_check_leaves_no_answer_for_the_next_one(pool: CheckPo
     assert "does not match" in refused.error.message
 
 
-async def test_a_stuck_helper_is_replaced(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stuck_helper_is_replaced(plain: Bus) -> None:
+    pool = CheckPool(plain, CheckTimings(stuck_s=1.0))
     assert await pool.violation("1", DIGITS) is None
-    monkeypatch.setattr(check_pool, "STUCK_S", 0.1)
     os.kill(pid_of(pool._quick), signal.SIGSTOP)
     with pytest.raises(NotChecked, match="stuck"):
         await pool.violation("1", DIGITS)
-    monkeypatch.undo()
     assert await pool.violation("1", DIGITS) is None
 
 

@@ -1,4 +1,4 @@
-"""When the server's time is measured, and what counts where it cannot be."""
+"""Measurements of the server's time, and the fallback where it cannot be measured."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from loom.schemas.config import ClusterConfig
 
 
 def set_off(bus: Bus, seconds: float) -> None:
-    """Let a connection's time be wrong, as after a suspension."""
+    """Make a connection's time wrong, as after a suspension."""
     bus.clock._offset_s += seconds
     assert abs(bus.clock.now() - time.time()) > 1
 
@@ -28,9 +28,7 @@ def right(bus: Bus) -> bool:
     return abs(bus.clock.now() - time.time()) < 1  # the server runs on this machine
 
 
-async def test_the_time_is_known_as_soon_as_a_connection_is_made_or_the_streams_are(
-    connect: Connect, plain: Bus
-) -> None:
+async def test_the_time_is_known_once_the_connection_or_the_streams_exist(connect: Connect, plain: Bus) -> None:
     assert not plain.clock.measured  # no stream is there to ask about
     assert right(plain)
     await topology.apply(plain, ClusterConfig())
@@ -46,7 +44,7 @@ async def test_the_time_is_measured_again_when_asked_for(bus: Bus, off_s: float)
     assert right(bus)
 
 
-async def test_looking_at_a_stream_sets_no_clock(bus: Bus) -> None:
+async def test_a_look_at_a_stream_sets_no_clock(bus: Bus) -> None:
     set_off(bus, 3600)
     await topology.stream_state(bus, "TASKS")
     await topology.inspect(bus, ClusterConfig())
@@ -68,14 +66,14 @@ async def test_the_time_is_measured_again_every_few_minutes(bus: Bus, monkeypatc
 
 
 @pytest.mark.slow
-async def test_the_time_is_measured_again_once_the_two_clocks_of_the_machine_move_apart(bus: Bus) -> None:
+async def test_the_time_is_measured_again_once_the_machines_two_clocks_diverge(bus: Bus) -> None:
     set_off(bus, 60)
     bus.clock._gap_s -= 60  # as the monotonic clock stands still while the machine sleeps
     await until(lambda: right(bus), within_s=5, what="the time is right again")
 
 
 @pytest.mark.slow
-async def test_the_time_is_found_once_there_is_a_stream(
+async def test_the_time_is_known_once_a_stream_exists(
     connect: Connect, plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_sync, "UNTIL_FIRST_S", 0.1)
@@ -121,7 +119,7 @@ async def test_an_answer_without_the_time_leaves_the_clock_alone(bus: Bus, answe
     assert bus.clock._offset_s == before
 
 
-async def test_without_the_right_to_ask_this_machines_clock_counts_and_connecting_is_not_slow(tmp_path: Path) -> None:
+async def test_a_client_without_the_permission_uses_its_own_clock_and_connects_fast(tmp_path: Path) -> None:
     allowed = 'permissions: { publish: { deny: "$JS.API.>" }, subscribe: ">" }'
     users = f"authorization {{ users: [ {{ user: node, password: pw, {allowed} }} ] }}"
     async with configured_server(tmp_path, f'jetstream {{ store_dir: "{tmp_path}/js" }}\n{users}') as address:
@@ -135,7 +133,7 @@ async def test_without_the_right_to_ask_this_machines_clock_counts_and_connectin
     assert [entry["event"] for entry in logs] == ["server_time_denied"]
 
 
-async def test_without_jetstream_this_machines_clock_counts(tmp_path: Path) -> None:
+async def test_a_client_without_jetstream_uses_the_clock_of_its_machine(tmp_path: Path) -> None:
     async with configured_server(tmp_path, "") as address, Bus(address) as bus:
         assert not bus.clock.measured
         assert right(bus)

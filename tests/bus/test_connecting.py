@@ -85,7 +85,7 @@ async def test_a_refusal_of_the_server_is_named(error: bytes, cause: str) -> Non
 
 
 @pytest.mark.slow
-async def test_of_several_servers_each_has_its_own_cause_and_all_are_tried() -> None:
+async def test_all_servers_are_tried_and_each_has_its_own_cause() -> None:
     async with (
         fake_server(info(auth_required=True), answer=b"-ERR 'Authorization Violation'\r\n", hang_up=True) as one,
         fake_server(b"SSH-2.0\r\n", hang_up=True) as other,
@@ -182,7 +182,7 @@ async def test_an_address_that_cannot_be_one_ends_every_command_at_once(
     assert "et@" not in ended.err
 
 
-async def test_a_service_that_waits_logs_the_cause_and_starts_once_there_is_a_server(
+async def test_a_waiting_service_logs_the_cause_and_starts_once_a_server_runs(
     server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connecting_module, "REPORT_S", 0.1)
@@ -243,7 +243,7 @@ async def test_a_host_with_several_addresses_is_tried_at_each(nats_url: str, mon
 
 
 @pytest.mark.slow
-async def test_a_name_server_that_does_not_answer_is_named_and_asked_once_at_a_time(
+async def test_a_silent_name_server_is_named_and_has_one_request_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = 0

@@ -1,4 +1,4 @@
-"""The connection: what it promises while all is well, and through everything that was seen to break one."""
+"""The connection: its promises in normal operation and through every failure that has been observed."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 # -- connecting
 
 
-async def test_without_a_server_connecting_fails_within_its_patience() -> None:
+async def test_a_connection_attempt_without_a_server_fails_within_its_patience() -> None:
     bus = Bus("nats://127.0.0.1:1,nats://127.0.0.1:2", patience_s=0.3)
     started = time.monotonic()
     with pytest.raises(BusUnavailable, match="loom up") as caught:
@@ -246,7 +246,7 @@ async def test_a_stopped_subscription_still_delivers_the_messages_that_have_come
     assert received.bodies == [b"0", b"1", b"2", b"3", b"4"]
 
 
-async def test_served_requests_run_concurrently_up_to_the_limit_and_a_bad_one_harms_no_other(plain: Bus) -> None:
+async def test_served_requests_run_concurrently_up_to_a_limit_and_a_bad_one_alone_fails(plain: Bus) -> None:
     running, most, go_on = 0, 0, asyncio.Event()
 
     async def work(msg: Msg) -> None:
@@ -295,7 +295,7 @@ async def test_a_request_without_an_answer_times_out(plain: Bus) -> None:
     assert plain.requests._sinks == {}
 
 
-async def test_without_a_listener_a_request_fails_at_once_and_with_a_tap_it_times_out(
+async def test_a_request_without_a_listener_fails_at_once_and_with_a_tap_times_out(
     plain: Bus, connect: Connect
 ) -> None:
     with pytest.raises(NoResponders):
@@ -333,7 +333,7 @@ async def test_inboxes_of_phases_are_kept_apart_from_those_of_clients_by_role_an
 
 
 def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
-    """Let the next `count` answers to this connection get lost; returns the inboxes that were opened."""
+    """Lose the next `count` answers to this connection; returns the inboxes that were opened."""
     opened: list[str] = []
     real: Callable[[Callable[[Msg], None]], str] = bus.requests.open_inbox
 
@@ -390,7 +390,7 @@ async def test_a_full_stream_is_overloaded_at_once(connect: Connect) -> None:
         await bus.jetstream.publish(bus.subjects.intake("public", "low", "t3"), b"x", within_s=30)
 
 
-async def test_without_a_stream_the_outcome_is_unknown_after_the_given_time(plain: Bus) -> None:
+async def test_a_publish_without_a_stream_has_an_unknown_outcome_after_the_given_time(plain: Bus) -> None:
     started = time.monotonic()
     with pytest.raises(BusUnavailable, match=r"0\.3 s"):
         await plain.jetstream.publish(plain.subjects.intake("public", "low", "t1"), b"x", within_s=0.3)
@@ -466,7 +466,7 @@ async def test_a_buffer_that_is_full_while_disconnected_is_reported(mortal: Bus,
     await back(mortal)
 
 
-async def test_closing_while_the_server_is_away_does_not_hang(connect: Connect, server: NatsServer) -> None:
+async def test_a_close_while_the_server_is_away_does_not_hang(connect: Connect, server: NatsServer) -> None:
     bus = await connect(url=server.url)
     await asyncio.to_thread(server.kill)
     await until(lambda: not bus.connection._nc.is_connected, what="the loss is noticed")
@@ -476,7 +476,7 @@ async def test_closing_while_the_server_is_away_does_not_hang(connect: Connect, 
 
 
 @pytest.mark.slow
-async def test_closing_at_any_moment_of_a_loss_leaves_no_task(connect: Connect, server: NatsServer) -> None:
+async def test_a_close_at_any_moment_of_a_loss_leaves_no_task(connect: Connect, server: NatsServer) -> None:
     """Every turn of the event loop after the loss is tried: a reconnect reacts differently at each."""
     before = asyncio.all_tasks()
     for turns in range(25):
@@ -491,7 +491,7 @@ async def test_closing_at_any_moment_of_a_loss_leaves_no_task(connect: Connect, 
         server.restart()
 
 
-async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Connect, server: NatsServer) -> None:
+async def test_a_close_just_as_a_reconnect_is_refused_leaves_no_task(connect: Connect, server: NatsServer) -> None:
     before = asyncio.all_tasks()
     bus = await connect(url=server.url)
     server.kill()
@@ -591,7 +591,7 @@ async def test_a_request_whose_server_dies_is_sent_again(mortal: Bus, server: Na
     await asyncio.to_thread(server.restart)
 
     assert (await asked)["state"]["messages"] == 0
-    with pytest.raises(BusUnavailable):  # what changes something twice is for the caller to repeat
+    with pytest.raises(BusUnavailable):  # only the caller may repeat a purge
         await purged
 
 
@@ -698,9 +698,7 @@ ABORTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ABORTS)
-def test_dropping_the_connection_from_synchronous_code_leaves_nothing_behind(
-    nats_url: str, namespace: str, when: str
-) -> None:
+def test_an_abort_from_synchronous_code_leaves_nothing_behind(nats_url: str, namespace: str, when: str) -> None:
     script = f"URL, NS = {nats_url!r}, {namespace!r}\n{ABORTS[when]}"
     ran = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", script],

@@ -1,4 +1,4 @@
-"""Dead letters read back: looked at, handed in again, dropped; whatever fails, nothing is lost."""
+"""Dead letters are listed, retried and dropped; no failure loses one."""
 
 import asyncio
 import base64
@@ -49,7 +49,7 @@ async def keep(bus: Bus, body: CheckedMessage | bytes, phase: str = "scale", tas
 
 
 async def submitted(bus: Bus) -> list[Submission]:
-    """What waits in the intake, oldest first."""
+    """The messages in the intake, oldest first."""
     stream, found = bus.subjects.stream("INTAKE"), []
     for seq in range(1, await messages(bus, "INTAKE") + 1):
         message = (await bus.jetstream.api(f"STREAM.MSG.GET.{stream}", {"seq": seq}))["message"]
@@ -59,7 +59,7 @@ async def submitted(bus: Bus) -> list[Submission]:
 
 
 @given(any_of(DeadLetter))
-def test_the_facts_are_read_as_they_were_written_but_for_what_a_header_cannot_hold(facts: DeadLetter) -> None:
+def test_facts_are_read_as_written_except_characters_a_header_cannot_hold(facts: DeadLetter) -> None:
     read = letter_facts(letter_headers(facts), "ns.dead.p.t")
     assert (read.deliveries, read.stream_seq, read.cut) == (facts.deliveries, facts.stream_seq, facts.cut)
     assert read.reason.split() == facts.reason.encode("ascii", "replace").decode().split()
@@ -153,7 +153,7 @@ async def test_two_concurrent_retries_of_a_letter_start_one_task(bus: Bus) -> No
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_task(
+async def test_an_interrupted_retry_is_repeated_as_the_same_task(
     deleted: bool, bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seq = await keep(bus, envelope())

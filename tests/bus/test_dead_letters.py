@@ -1,4 +1,4 @@
-"""Dead letters: the bytes are kept, and the task ends all the same."""
+"""Dead letters: the bytes are kept, and the task still ends."""
 
 import asyncio
 from typing import Any
@@ -59,7 +59,7 @@ async def test_undecodable_bytes_are_kept_as_they_are_with_their_facts_in_header
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["dead_letter"]
 
 
-async def test_the_task_of_a_dead_letter_ends_with_the_state_of_its_record(bus: Bus, phases: Phases) -> None:
+async def test_the_task_of_a_dead_letter_ends_with_the_data_of_its_record(bus: Bus, phases: Phases) -> None:
     env = envelope(attempt=2, step=7, result=RunResult(content="half"))
     await records(bus).create("t1", _record(env, claim=Claim(attempt=3)))
     await phases.start(bus, never)
@@ -106,7 +106,7 @@ async def test_a_letter_is_kept_and_the_task_ends_though_its_record_cannot_be_re
     assert (await hop(bus, "evaluate")).envelope.error is not None
 
 
-async def test_without_a_record_there_is_only_the_letter(bus: Bus, phases: Phases) -> None:
+async def test_a_dead_message_without_a_record_makes_only_a_letter(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never)
     await put_raw(bus, GARBAGE)
     await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
@@ -238,7 +238,7 @@ async def test_a_dead_letter_written_twice_is_stored_once_and_ends_its_task_once
     assert await messages(bus, "DEAD") == 1
 
 
-# -- where tasks come in
+# -- submissions and subtasks
 
 
 def _intake(**service: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A message id that was taken: an honest twin's message is left alone, any other one costs nothing but an id."""
+"""A message id that was taken: the message of an honest twin is left alone, and any other one costs only the id."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -46,11 +46,11 @@ def taken(logs: list[Any]) -> list[Any]:
     return [entry for entry in logs if entry["event"] == "message_id_taken"]
 
 
-# -- whose message it is
+# -- the owner of a message
 
 
 @pytest.mark.parametrize(
-    ("stored", "ours"),
+    ("stored", "equivalent"),
     [
         (kept("s", HOP), True),
         (kept("s", replace(HOP, result=RunResult(content="a twin's own"), step=9, attempt=1)), True),
@@ -65,8 +65,8 @@ def taken(logs: list[Any]) -> list[Any]:
         (kept("s", HOP, **{SCHEDULE: "@at 2099-01-01T00:00:00Z", TARGET: "s"}), False),
     ],
 )
-def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMessage, *, ours: bool) -> None:
-    assert is_equivalent(stored, "s", HOP, {}, NOW) is ours
+def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMessage, *, equivalent: bool) -> None:
+    assert is_equivalent(stored, "s", HOP, {}, NOW) is equivalent
 
 
 PHASE = "ns.task.match.normal.d"
@@ -74,7 +74,7 @@ LATER = "ns.later.match.d.task-2"
 
 
 @pytest.mark.parametrize(
-    ("under", "at", "target", "ours"),
+    ("under", "at", "target", "equivalent"),
     [
         (LATER, rfc3339(NOW + 10), PHASE, True),
         ("ns.later.match.d.task-1", rfc3339(NOW + 12), PHASE, True),
@@ -88,17 +88,17 @@ LATER = "ns.later.match.d.task-2"
     ],
 )
 def test_a_twins_schedule_comes_out_at_the_same_place_and_not_much_later(
-    under: str, at: str | None, target: str | None, *, ours: bool
+    under: str, at: str | None, target: str | None, *, equivalent: bool
 ) -> None:
     headers = {} if at is None else {SCHEDULE: f"@at {at}", TARGET: str(target)}
     wanted = {SCHEDULE: f"@at {rfc3339(NOW + 10)}", TARGET: PHASE}
-    assert is_equivalent(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is ours
+    assert is_equivalent(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is equivalent
 
 
-@pytest.mark.parametrize(("delay_s", "ours"), [(0.5, True), (30.0, False)])
-def test_a_twin_that_waits_long_does_not_stand_for_one_that_does_not(delay_s: float, *, ours: bool) -> None:
+@pytest.mark.parametrize(("delay_s", "equivalent"), [(0.5, True), (30.0, False)])
+def test_a_twin_that_waits_long_does_not_stand_for_one_that_does_not(delay_s: float, *, equivalent: bool) -> None:
     stored = kept(LATER, HOP, **{SCHEDULE: f"@at {rfc3339(NOW + delay_s)}", TARGET: PHASE})
-    assert is_equivalent(stored, PHASE, HOP, {}, NOW) is ours
+    assert is_equivalent(stored, PHASE, HOP, {}, NOW) is equivalent
 
 
 # -- honest twins
@@ -318,7 +318,7 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
 
 
 @pytest.mark.parametrize(
-    ("stored", "ours"),
+    ("stored", "equivalent"),
     [
         (PlanTimeout(envelope=HOP), True),
         (PlanTimeout(envelope=replace(HOP, step=9)), True),
@@ -327,17 +327,17 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
         (SubtaskEnded(task_id="d", child_id="c", subtask="a"), False),
     ],
 )
-def test_the_timeout_of_a_plan_is_ours_when_it_holds_the_same_attempt(stored: Any, *, ours: bool) -> None:
-    assert is_equivalent(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is ours
+def test_a_stored_plan_timeout_counts_as_sent_for_the_same_attempt(stored: Any, *, equivalent: bool) -> None:
+    assert is_equivalent(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is equivalent
 
 
 @pytest.mark.parametrize("other", [SubtaskEnded(task_id="d", child_id="x", subtask="a"), ParentEnded(task_id="d"), HOP])
-def test_a_notice_is_ours_when_it_is_the_same(other: Any) -> None:
+def test_a_stored_notice_counts_as_sent_when_it_is_the_same(other: Any) -> None:
     notice = SubtaskEnded(task_id="d", child_id="c", subtask="a")
     assert is_equivalent(kept("s", notice), "s", notice, {}, NOW)
     assert not is_equivalent(kept("s", other), "s", notice, {}, NOW)
 
 
-def test_an_error_to_evaluate_is_ours_too() -> None:
+def test_a_stored_error_to_evaluate_counts_as_sent_too() -> None:
     failed = HOP.failed(TaskError(code="node_lost", message="x"))
     assert is_equivalent(kept("s", HOP), "s", failed, {}, NOW)

@@ -104,7 +104,7 @@ async def test_a_final_code_ends_the_task_without_a_reward(stage: Stage, code: s
 
 
 class Judge:
-    """A model with an opinion, or without any."""
+    """A model that returns a given opinion, or raises."""
 
     def __init__(self, reply: str | Exception) -> None:
         self._reply = reply
@@ -137,7 +137,7 @@ async def test_a_poor_opinion_sends_the_task_to_another_node(stage: Stage) -> No
 
 
 @pytest.mark.parametrize("reply", ["no idea", RuntimeError("down, key sk-1")])
-async def test_without_an_opinion_the_rules_decide_and_the_result_has_a_warning(
+async def test_the_rules_decide_without_an_opinion_and_the_result_has_a_warning(
     stage: Stage, reply: str | Exception
 ) -> None:
     await stage.phase("evaluate", ClusterConfig(judge_share=1.0), Judge(reply))
@@ -163,7 +163,7 @@ async def test_a_rubric_that_was_not_checked_earns_nothing(stage: Stage, judge: 
     assert not stage.all("reward")
 
 
-async def test_a_judge_is_asked_again_without_a_response_format_and_its_tokens_are_in_the_result(stage: Stage) -> None:
+async def test_a_second_request_to_the_judge_has_no_response_format_and_its_tokens_count(stage: Stage) -> None:
     class Late(Judge):
         async def complete(self, params: CompletionParams) -> CompletionResult:
             self._reply = "no idea" if not self.asked else '{"score": "8/10"}'
@@ -252,7 +252,7 @@ async def test_another_nodes_success_refutes_the_error_and_repeated_messages_are
     assert await stage.pending("REWARDS") == 2
 
 
-# -- what it took
+# -- tokens
 
 
 async def test_the_tokens_of_failed_attempts_are_in_the_result_however_the_task_ends(stage: Stage) -> None:
@@ -290,7 +290,7 @@ async def test_a_nodes_failure_sends_the_task_back_with_a_reward_of_zero(stage: 
     assert not stage.all("result")
 
 
-async def test_a_node_that_asked_for_a_pause_is_tried_again_when_no_other_is_left(stage: Stage) -> None:
+async def test_a_node_that_asked_for_a_pause_is_retried_if_no_other_is_left(stage: Stage) -> None:
     await stage.phase("evaluate")
     rested_at = stage.bus.clock.now() + 0.3
     await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), retry_at={"n1": rested_at})
@@ -309,7 +309,7 @@ async def test_a_busy_node_costs_nothing(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("content", "good"), [("the answer is 42", True), ("the answer is 43", False), ("", False)])
-async def test_the_accept_schema_of_the_ad_decides(stage: Stage, content: str, good: bool) -> None:
+async def test_the_accept_rules_of_the_ad_decide(stage: Stage, content: str, good: bool) -> None:
     await stage.phase("evaluate")
     await given(stage, content, ad=ad(task_id="t1", accept=Accept(contains=("answer", "42"))))
     if good:
@@ -368,7 +368,7 @@ async def test_the_largest_refused_answer_fits_a_message(stage: Stage) -> None:
     assert (await stage.seen("result")).error.best_rejected == largest.to_rejected()
 
 
-async def test_an_ad_may_ask_for_the_best_there_was(stage: Stage) -> None:
+async def test_an_ad_may_ask_for_the_best_refused_answer(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
     task = ad(task_id="t1", accept=Accept(best_effort=True))
@@ -390,7 +390,7 @@ async def test_no_bids_after_failures_ends_with_the_last_attempts_own_error(stag
     assert not stage.all("reward")
 
 
-# -- messages that come twice, late, or out of nowhere
+# -- messages that come twice, late, or without a record
 
 
 async def test_messages_after_the_end_only_have_it_announced_again(stage: Stage) -> None:
@@ -442,7 +442,9 @@ async def test_a_cancel_ends_the_task_even_if_an_attempt_was_claimed_meanwhile(s
 
 
 @pytest.mark.parametrize("split", [None, Split(parent="p", depth=1, deadline=1e10)])
-async def test_a_missing_record_is_made_for_what_never_reached_admission(stage: Stage, split: Split | None) -> None:
+async def test_a_missing_record_is_made_for_a_task_that_never_reached_admission(
+    stage: Stage, split: Split | None
+) -> None:
     await stage.phase("evaluate")
     error = TaskError(code="dead_letter", message="sense could not")
     await stage.put("evaluate", envelope(ad(task_id="t1"), now=stage.bus.clock.now(), error=error, split=split))
@@ -588,7 +590,7 @@ async def test_a_task_that_stayed_whole_has_no_plan_that_could_be_over(stage: St
     assert not scale_ids(stage)
 
 
-async def test_plans_are_looked_for_only_where_there_may_be_one(stage: Stage) -> None:
+async def test_plans_are_read_only_for_tasks_that_may_have_one(stage: Stage) -> None:
     looks: list[str] = []
 
     async def record(_msg: Any) -> None:

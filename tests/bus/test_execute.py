@@ -10,8 +10,8 @@ from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.hops.outcomes import Next
-from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.service import Execute
@@ -62,7 +62,7 @@ async def accepted(run: FakeRun) -> None:
     await run.publish("started")
 
 
-# -- a run that goes well
+# -- successful runs
 
 
 async def test_a_run_is_claimed_run_and_handed_to_evaluate(stage: Stage) -> None:
@@ -198,7 +198,7 @@ async def test_bytes_that_are_not_an_event_are_left_out(stage: Stage) -> None:
     assert (await outcome(stage)).error is None
 
 
-# -- a run that does not
+# -- failed runs
 
 
 async def nothing(_run: FakeRun) -> None:
@@ -206,7 +206,7 @@ async def nothing(_run: FakeRun) -> None:
 
 
 async def hang(run: FakeRun) -> None:
-    """Accept, and keep on saying that it works."""
+    """Accept, and go on publishing heartbeats."""
     await accepted(run)
     while True:
         await run.publish("heartbeat")
@@ -482,7 +482,7 @@ async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: S
 
 @pytest.mark.slow
 async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
-    """Its host falls silent to the first watcher without saying that the run has moved."""
+    """Its host stops sending to the first watcher without an event that the run has moved."""
     moving = MovingHost(publishes_moved=False)
     one = await host(stage, moving)
     await stage.phase("execute")
@@ -516,7 +516,7 @@ async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
     assert (claim.instance, claim.stream_seq, claim.attempt) == (second.bus.instance, first.stream_seq, 1)
     overtaken = (
         stage.bus.clock.now()
-    )  # by 0.8 s later the first has noticed the silence, and the server would try again
+    )  # by 0.8 s later the first has given up on the host, and the server would deliver the message again
     await until(lambda: stage.bus.clock.now() > overtaken + 0.8, what="both have had their time")
     assert await stage.pending("TASKS") == 1
     assert not stage.all("task", phase="evaluate")
@@ -557,7 +557,7 @@ async def test_a_suspect_message_returns_to_its_own_subject_once_its_run_has_sho
     await stage.settled(phase="execute")
 
 
-async def test_a_drained_replica_hands_its_runs_on(stage: Stage) -> None:
+async def test_a_drained_replica_passes_its_runs_on(stage: Stage) -> None:
     moving = MovingHost()
     one = await host(stage, moving)
     leaving = await stage.phase("execute")

@@ -266,7 +266,7 @@ async def test_a_next_hop_that_cannot_be_stored_brings_the_message_back(
     await settled(bus, 1)
 
 
-async def test_while_the_server_is_full_a_message_stays_in_hand_and_does_not_age(
+async def test_a_message_in_hand_does_not_age_while_the_server_is_full(
     bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "FULL_S", 0.01)
@@ -484,7 +484,7 @@ async def test_messages_that_wait_for_their_turn_get_progress_acks_too(
 # -- stopping
 
 
-async def test_a_drain_finishes_what_is_in_hand_and_takes_nothing_new(bus: Bus, phases: Phases) -> None:
+async def test_a_drain_finishes_the_messages_in_hand_and_takes_no_new_one(bus: Bus, phases: Phases) -> None:
     held = Held()
     phase = await phases.start(bus, held)
     await put(bus, envelope("t1"))
@@ -500,7 +500,7 @@ async def test_a_drain_finishes_what_is_in_hand_and_takes_nothing_new(bus: Bus, 
     assert (await lane(bus))["num_ack_pending"] == 0
 
 
-async def test_when_the_time_is_over_work_is_recalled_and_may_still_be_passed_on(bus: Bus, phases: Phases) -> None:
+async def test_work_past_the_drain_time_is_recalled_and_may_still_be_passed_on(bus: Bus, phases: Phases) -> None:
     async def give_back(env: Envelope, delivery: Delivery) -> Outcome:
         await delivery.recalled.wait()
         return Next("scale", env)

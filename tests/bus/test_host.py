@@ -22,7 +22,7 @@ from loom.bus.natsio.clock import ServerClock
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.timings import ServiceTimings
-from loom.schemas.auction import Offer
+from loom.schemas.auction import MAX_LOTS, Lot, Offer
 from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
@@ -82,6 +82,16 @@ async def test_bids_have_the_tokens_runs_took_so_far(stage: Stage) -> None:
     assert (await call(stage)).bids[0].expected_s > 0.04
 
 
+async def test_a_call_of_many_lots_gets_one_offer_whose_bids_are_for_all_of_them(stage: Stage) -> None:
+    await stage.host([node("n1", claim=0.9), node("n2", claim=0.2)])
+    lots = tuple(Lot(task_id=f"t{n}", attempt=1, complexity=0.5, remaining_s=60.0) for n in range(MAX_LOTS))
+    offer = await call(stage, lots=lots)
+    assert [bid.node_id for bid in offer.bids] == ["n1", "n2"]
+    assert all(bid.is_for(lot.task_id) for bid in offer.bids for lot in lots)
+    await stage.bus.requests.flush()
+    assert len(stage.all("offer")) == 1
+
+
 async def test_only_so_many_bids_are_offered_the_preferred_first(stage: Stage) -> None:
     await stage.host([node(f"n{i}", claim=(i + 1) / 40) for i in range(40)])
     offered = [bid.node_id for bid in (await call(stage, prefer=("n0", "n1"), limit=16)).bids]
@@ -125,7 +135,7 @@ async def test_a_full_node_is_busy_and_refuses_a_run(stage: Stage) -> None:
     assert (await (await run(stage, host, task_id="t9")).event("rejected")).code == "busy"
 
 
-async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> None:
+async def test_a_run_for_a_node_of_another_host_is_rejected(stage: Stage) -> None:
     host = await stage.host([node()])
     assert (await (await run(stage, host, node_id="gone")).event("rejected")).code == "unqualified"
 
@@ -175,13 +185,13 @@ async def test_a_run_is_accepted_before_an_agent_gets_the_loop_that_may_keep_it(
         assert [event.kind for event in read_events(watcher.bodies[0])] == ["accepted"]
 
 
-async def test_a_run_ends_whatever_the_last_event_of_its_agent_holds(stage: Stage) -> None:
+async def test_a_run_ends_with_any_content_of_its_last_event(stage: Stage) -> None:
     class Mute(LoomError):
         def __init__(self) -> None:
             pass  # and so has no message
 
     odd: dict[str, Any] = {
-        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # what users do
+        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # as a user may pass
         "less": Done(content="x", steps=-1),
         "half": Done(content="x", usage=TokenUsage(prompt_tokens=1.5)),  # type: ignore[arg-type]
         "spent": AgentFailed("gave up", spent=Done(content="x", steps="three")),  # type: ignore[arg-type]
@@ -224,7 +234,7 @@ async def test_the_text_of_an_agent_comes_in_messages_of_bounded_size(stage: Sta
 
 
 @pytest.mark.slow
-async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
+async def test_an_agent_that_never_waits_is_slowed_to_the_pace_of_the_server(
     server: NatsServer, namespace: str, timings: ServiceTimings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 10**9)
@@ -250,7 +260,7 @@ async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
         await until(lambda: published == most, within_s=60, what="it goes on")
 
 
-async def test_slots_are_filled_the_rest_queues_by_priority_and_sends_heartbeats(stage: Stage) -> None:
+async def test_runs_beyond_the_slots_queue_by_priority_and_send_heartbeats(stage: Stage) -> None:
     order: list[str] = []
     gate = asyncio.Semaphore(0)
 
@@ -291,7 +301,7 @@ def raising(error: BaseException) -> Callable[[str], Any]:
 
 
 class Stubborn:
-    """Streams, and yields whatever it was given."""
+    """Streams the given events."""
 
     def __init__(self, *events: Any) -> None:
         self.events = events
@@ -628,14 +638,14 @@ async def test_an_old_request_starts_no_run(stage: Stage, old: dict[str, Any]) -
     assert [log["task_id"] for log in logs if log["event"] == "run_request_ignored"] == ["t1"]
 
 
-async def test_a_host_that_does_not_know_the_servers_time_goes_by_what_is_left(stage: Stage) -> None:
+async def test_a_host_without_the_servers_time_uses_the_remaining_seconds(stage: Stage) -> None:
     host = await stage.host([node()])
     host.bus.clock = ServerClock()
     now = stage.bus.clock.now()
     await (await run(stage, host, sent_at=now - 30, deadline=now - 10, remaining_s=20)).event("result")
 
 
-async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(stage: Stage) -> None:
+async def test_an_old_request_still_moves_a_current_run_and_repeats_its_result(stage: Stage) -> None:
     go = asyncio.Event()
 
     async def work(description: str) -> str:
@@ -659,7 +669,7 @@ async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_re
 
 
 async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage) -> None:
-    """Its slot becomes free before the next heartbeat looks at it."""
+    """Its slot becomes free before the next heartbeat checks it."""
     stage.timings = ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=30))
     begun: list[str] = []
     go = asyncio.Event()
@@ -711,7 +721,7 @@ async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> Non
         assert [found and found.content for found in contents] == ["be kind | apples", "be kind | pears"]
 
 
-# -- who is there
+# -- announcements
 
 
 async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) -> None:
@@ -762,7 +772,7 @@ async def test_the_learned_profile_of_a_node_is_mirrored_into_it(stage: Stage) -
     assert (mine.capabilities.success_rate, mine.consecutive_losses) == (0.25, 2)
 
 
-# -- leaving
+# -- drains
 
 
 async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage) -> None:
@@ -777,7 +787,7 @@ async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage)
     await running.event("started")
     await queued.event("accepted")
     draining = asyncio.ensure_future(host.drain(5))
-    assert await queued.code() == "node_busy"  # it had not begun: another node may as well
+    assert await queued.code() == "node_busy"  # the run had not begun: another node may take it
     assert (await call(stage)).decline == "draining"
     assert (await (await run(stage, host, task_id="t3")).event("rejected")).code == "busy"
     assert stage.all("host", host_id=host.host_id)[-1].draining

@@ -65,7 +65,7 @@ class Watcher:
         return self
 
     async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:
-        """Hand over how delegated work ended, from the next event on."""
+        """Send the end of delegated work, from the next event on."""
         result = TaskResult(**{"task_id": task_id, "state": "succeeded", "content": content, **facts})
         await self.ask(answers=(result,), from_seq=self.events[-1].seq + 1)
 
@@ -142,7 +142,7 @@ async def test_the_next_watcher_gets_the_delegations_that_are_still_awaited(stag
 
     async def work(job: RunRequest) -> AsyncIterator[str]:
         answer = asyncio.ensure_future(delegate("slow"))
-        await asyncio.sleep(0)  # it is the first
+        await asyncio.sleep(0)  # the delegation above is the first
         await delegate("quick")
         for _ in range(1100):  # more than a host remembers
             yield "."
@@ -173,7 +173,7 @@ async def test_events_about_delegation_are_sent_again_however_many_events_follow
 
     async def work(job: RunRequest) -> AsyncIterator[str]:
         answer = asyncio.ensure_future(delegate("slow"))
-        await asyncio.sleep(0)  # it is the first
+        await asyncio.sleep(0)  # the delegation above is the first
         await delegate("quick")
         for _ in range(1100):  # more than a host keeps of them
             yield "."
@@ -278,7 +278,7 @@ async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
 
 
 class Model:
-    """Spends tokens of its own after what others have done."""
+    """Spends tokens of its own after the delegated work."""
 
     async def stream(self, _job: RunRequest) -> AsyncIterator[AgentEvent]:
         answer = await delegate("a part")
@@ -308,7 +308,7 @@ async def test_a_failed_run_reports_the_tokens_of_delegated_work(stage: Stage) -
     assert (await one.event("error")).result == RunResult(prompt_tokens=5, completion_tokens=6)
 
 
-async def test_nothing_of_a_waiting_run_reaches_the_one_that_gets_its_slot(stage: Stage) -> None:
+async def test_no_context_of_a_waiting_run_reaches_the_run_that_gets_its_slot(stage: Stage) -> None:
     secret: ContextVar[str] = ContextVar("secret", default="none")
     seen: list[str] = []
 

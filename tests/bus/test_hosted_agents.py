@@ -1,4 +1,4 @@
-"""What a host makes of its nodes' agents: domains, starts and closes, costs, and ads that cannot be used."""
+"""The agents of a host's nodes: domains, starts and closes, costs, and ads that cannot be used."""
 
 import asyncio
 from collections import Counter
@@ -84,7 +84,7 @@ async def test_an_agent_that_cannot_use_the_ad_fails_its_run_with_the_field(stag
     assert error.node_id == "n1"
 
 
-async def test_an_object_with_stream_fails_its_run_with_the_field_and_odd_fields_are_left_out(stage: Stage) -> None:
+async def test_an_object_with_stream_may_raise_invalid_task_and_odd_fields_are_left_out(stage: Stage) -> None:
     class Refuses:
         async def stream(self, job: Job) -> AsyncIterator[Any]:
             yield "x"
@@ -94,7 +94,7 @@ async def test_an_object_with_stream_fails_its_run_with_the_field_and_odd_fields
     assert (error.code, error.field) == ("invalid_task", None)
 
 
-async def test_a_wrong_ad_that_the_agent_delegates_does_not_blame_its_task(stage: Stage) -> None:
+async def test_an_invalid_ad_delegated_by_an_agent_is_not_an_error_of_its_task(stage: Stage) -> None:
     def submits(text: str) -> str:
         raise InvalidTask(f"description of another task is empty: {text}", field="description", task_id="other")
 
@@ -115,7 +115,7 @@ async def test_error_codes_of_the_cluster_are_not_accepted_from_an_agent(stage: 
 # -- costs
 
 
-async def test_a_run_that_reports_beyond_its_budget_ends_with_what_it_spent(stage: Stage) -> None:
+async def test_a_run_that_reports_beyond_its_budget_ends_with_its_spent_tokens(stage: Stage) -> None:
     def greedy(job: Job) -> str:
         job.report(prompt_tokens=9, completion_tokens=3, cost_usd=0.25)
         return "never"

@@ -1,4 +1,4 @@
-"""Ads and envelopes made to stop SENSE or EVALUATE, and the tasks of their neighbours."""
+"""Ads and envelopes made to stop SENSE or EVALUATE, and concurrent honest tasks."""
 
 import asyncio
 import sys
@@ -24,7 +24,7 @@ from support.wait import until
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import Evaluate
 from loom.phases.evaluate.timings import EvaluateTimings
-from loom.phases.shared import check_pool
+from loom.phases.shared.timings import CheckTimings
 from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
@@ -52,7 +52,7 @@ def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Longest]:
 
 
 async def back_from_execute(stage: Stage, accept: Accept | None, content: str, task_id: str, **facts: Any) -> None:
-    """Put an envelope to EVALUATE that no SENSE has looked at."""
+    """Put an envelope to EVALUATE that no SENSE has checked."""
     left_s = facts.pop("left_s", 600)
     env = envelope(ad(task_id=task_id, accept=accept), now=stage.bus.clock.now(), left_s=left_s, **facts)
     env = awarded(replace(env, result=RunResult(content=content)))
@@ -100,7 +100,7 @@ async def test_an_oversized_accept_of_a_delegated_task_is_refused_at_admission(s
 
 
 @pytest.mark.slow
-async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_blame(
+async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_a_reward(
     stage: Stage, longest: Longest
 ) -> None:
     await stage.phase("evaluate")
@@ -160,7 +160,7 @@ async def test_a_redelivered_bomb_ends_as_the_first_delivery_would_have(stage: S
     assert (await stage.seen("result", task_id="t2")).state == "succeeded"
 
 
-async def test_without_helpers_a_submitter_gets_overloaded_and_others_are_served(
+async def test_a_submitter_gets_overloaded_without_helpers_and_others_are_served(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
@@ -172,7 +172,7 @@ async def test_without_helpers_a_submitter_gets_overloaded_and_others_are_served
     assert (await stage.seen("task", phase="match", task_id="t2")).error is None
 
 
-async def test_without_helpers_sense_admits_what_evaluate_will_check(
+async def test_sense_without_helpers_admits_tasks_that_evaluate_will_check(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
@@ -186,8 +186,7 @@ async def test_without_helpers_sense_admits_what_evaluate_will_check(
 async def test_a_result_waits_for_a_helper_and_is_never_taken_unchecked(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.timings = ServiceTimings(evaluate=EvaluateTimings(check_again_s=0.2))
-    monkeypatch.setattr(check_pool, "RESTART_S", 0.1)
+    stage.timings = ServiceTimings(evaluate=EvaluateTimings(check_again_s=0.2, checks=CheckTimings(restart_s=0.1)))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/nowhere/python")
         await stage.phase("evaluate")
@@ -224,7 +223,7 @@ async def test_a_description_of_64_kib_is_checked_quickly(stage: Stage, longest:
 
 @pytest.mark.slow
 async def test_all_phases_survive_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
-    """The way of an ordinary cluster: bombs among tasks that all succeed."""
+    """An ordinary cluster: bombs among tasks that all succeed."""
     phases: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")
     for name in phases:
         await stage.phase(name, ONE_ATTEMPT)

@@ -1,4 +1,7 @@
-"""Nodes that call an ad invalid, through all six phases: a client's mistake costs no node, a node's habit costs it."""
+"""Nodes that call an ad invalid, through all six phases.
+
+A client's mistake costs no node, and a node that always does so loses awards.
+"""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -55,7 +58,7 @@ async def test_a_clients_mistake_fails_after_two_nodes_with_the_agents_sentence_
     assert await stage.pending("REWARDS") == 0
 
 
-async def test_a_task_that_one_node_finds_invalid_without_another_fails_with_its_sentence(stage: Stage) -> None:
+async def test_a_task_that_one_node_alone_finds_invalid_fails_with_its_sentence(stage: Stage) -> None:
     only = await host(stage, "n1", refuse)
     result = await ended(stage, ad(task_id="t1"))
     assert (result.state, result.error and result.error.message, len(only.runs)) == ("failed", SENTENCE, 1)
@@ -68,7 +71,9 @@ async def test_a_task_that_one_node_finds_invalid_without_another_fails_with_its
 @pytest.mark.slow
 async def test_a_node_that_calls_every_ad_invalid_loses_its_share(stage: Stage) -> None:
     sour = await host(stage, "sour", refuse)
-    sour.offer = lambda _call: sour.bids(Bid(node_id="sour", self_rating=0.9))  # it claims most, and so is asked first
+    sour.offer = lambda _call: sour.bids(
+        Bid(node_id="sour", self_rating=0.9)
+    )  # the node with the highest claim is asked first
     good = [await host(stage, name, work) for name in ("n1", "n2")]
     runs: list[int] = []
     for n in range(1, 13):

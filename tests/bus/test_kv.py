@@ -1,4 +1,4 @@
-"""Typed key-value buckets: compare-and-set, and following what changes."""
+"""Typed key-value buckets: compare-and-set, and readers of changes."""
 
 import asyncio
 import random
@@ -60,7 +60,7 @@ async def test_an_update_needs_the_last_revision(bucket: Bucket[NodeProfile]) ->
 async def test_the_same_value_written_by_another_is_a_conflict_all_the_same(bucket: Bucket[NodeProfile]) -> None:
     first = await bucket.create("n1", profile(tasks=1))
     await bucket.update("n1", profile(tasks=2), first)
-    with pytest.raises(Conflict):  # who counts must not believe that its own step was taken
+    with pytest.raises(Conflict):  # a writer that counts must not take the step of another for its own
         await bucket.update("n1", profile(tasks=2), first)
 
 
@@ -68,12 +68,12 @@ async def test_eight_writers_that_count_lose_no_step(connect: Connect, bucket: B
     await bucket.create("n1", profile())
 
     async def count(steps: int) -> None:
-        mine = (await connect()).bucket("nodes", NodeProfile)
+        own = (await connect()).bucket("nodes", NodeProfile)
         while steps:
-            entry = await mine.get("n1")
+            entry = await own.get("n1")
             assert entry is not None
             try:
-                await mine.update("n1", profile(tasks=entry.value.total_tasks + 1), entry.revision)
+                await own.update("n1", profile(tasks=entry.value.total_tasks + 1), entry.revision)
             except Conflict:
                 await asyncio.sleep(random.uniform(0, 0.005))
             else:
@@ -103,7 +103,7 @@ async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict
 async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     bus: Bus, connect: Connect, bucket: Bucket[NodeProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer cannot know any more whether its own write counted: it must read again."""
+    """The writer cannot know whether its own write was stored: it must read again."""
     first = await bucket.create("n1", profile())
     other = (await connect()).bucket("nodes", NodeProfile)
     real, lost = bus.requests.open_inbox, asyncio.Event()
@@ -117,14 +117,14 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     monkeypatch.setattr(bus.requests, "open_inbox", deaf_once)
     writing = asyncio.ensure_future(bucket.update("n1", profile(tasks=1), first))
     await asyncio.wait_for(lost.wait(), 5)
-    mine = await other.get("n1")
-    assert mine is not None
-    await other.update("n1", profile(tasks=2), mine.revision)
+    current = await other.get("n1")
+    assert current is not None
+    await other.update("n1", profile(tasks=2), current.revision)
     with pytest.raises(Conflict):
         await writing
 
 
-async def test_a_bucket_that_is_not_there_is_refused(plain: Bus) -> None:
+async def test_a_missing_bucket_is_refused(plain: Bus) -> None:
     with pytest.raises(Refused):
         await plain.bucket("nodes", NodeProfile).get("n1")
 
@@ -162,11 +162,11 @@ async def test_a_key_deleted_by_an_operator_is_absent_and_may_be_created_again(
     assert await bucket.get("n1") == Entry("n1", profile(tasks=3), revision)
 
 
-# -- following
+# -- readers
 
 
 class Follower:
-    """Collects what a reader gives."""
+    """Collects the entries of a reader."""
 
     def __init__(self, reader: BucketReader[NodeProfile]) -> None:
         self.reader = reader
@@ -279,9 +279,9 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     await records(bus).create("t1", _record())
 
     async def claim() -> None:
-        mine = records(await connect())
+        own = records(await connect())
         for _ in range(5):
-            await mine.update_with("t1", _claimed)
+            await own.update_with("t1", _claimed)
 
     await asyncio.gather(*(claim() for _ in range(3)))
     entry = await records(bus).get("t1")
@@ -289,7 +289,7 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     assert entry.value.claim.attempt == 15
 
 
-async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) -> None:
+async def test_a_record_without_a_change_is_not_written(bus: Bus) -> None:
     assert await records(bus).update_with("t1", _claimed) is None
     revision = await records(bus).create("t1", _record())
     assert await records(bus).update_with("t1", lambda _: None) == Entry("t1", _record(), revision)

@@ -1,4 +1,4 @@
-"""Whose an offer is, which call it answers, and what becomes of those that answer none."""
+"""The owner of an offer, the call it answers, and offers that answer no call."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ async def awarded(stage: Stage, **facts: Any) -> Award:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
     env = envelope(ad(**facts), now=stage.bus.clock.now(), **about)
     await stage.put("match", env)
-    award: Award | None = (await stage.seen("task", phase="scale", task_id=env.task_id)).award
+    award: Award | None = (await stage.seen("task", phase="execute", task_id=env.task_id)).award
     assert award is not None
     return award
 
@@ -51,7 +51,7 @@ def left_out(replica: Replica, host: str) -> DiscardReport:
 # -- owners
 
 
-async def test_an_award_names_the_owner_of_the_subject_and_evidence_of_another_owner_is_not_excluded(
+async def test_an_award_names_the_owner_of_the_subject_and_excludes_no_other_owners_evidence(
     stage: Stage,
 ) -> None:
     one = await host(stage, "h1", owner="acme", offer=lambda _: one.bids(Bid(node_id="n1", self_rating=0.9)))
@@ -62,16 +62,16 @@ async def test_an_award_names_the_owner_of_the_subject_and_evidence_of_another_o
 
 
 async def test_hosts_of_two_owners_under_one_id_make_an_offer_each(stage: Stage) -> None:
-    mine = await host(stage, "h1", "n1", offer=lambda _: mine.bids(Bid(node_id="n1", self_rating=0.1)))
+    local = await host(stage, "h1", "n1", offer=lambda _: local.bids(Bid(node_id="n1", self_rating=0.1)))
     other = await host(stage, "h1", "n1", owner="acme", offer=lambda _: other.bids(Bid(node_id="n1", self_rating=1)))
-    await match(stage, mine, other, config=ClusterConfig(bid_window_ms=3000))
+    await match(stage, local, other, config=ClusterConfig(bid_window_ms=3000))
     award = await awarded(stage)
     assert [(bid.owner, bid.node_id) for bid in award.bids] == [("acme", "n1"), ("local", "n1")]
 
 
 async def test_a_pin_without_an_owner_is_to_a_local_node(stage: Stage) -> None:
-    mine, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
-    await match(stage, mine, other)
+    local, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
+    await match(stage, local, other)
     assert (await awarded(stage, node_id="n1")).host_id == "h1"
 
 
@@ -98,7 +98,7 @@ async def test_an_offer_to_another_replica_does_not_arrive(stage: Stage) -> None
     assert not left_out(second, "h9").counts
 
 
-async def test_an_offer_that_comes_after_the_window_is_counted_and_one_that_was_not_waited_for_is_not(
+async def test_an_offer_after_the_window_is_counted_unless_its_host_was_not_awaited(
     stage: Stage,
 ) -> None:
     prompt = await host(stage, "h1")
@@ -131,7 +131,7 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
     assert [bid.node_id for bid in (await awarded(stage)).bids] == ["n1"]
 
 
-# -- hosts that are announced and silent
+# -- announced hosts that make no offer
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ async def test_a_task_waits_for_an_announced_node_whose_host_has_not_answered(st
     slow = await host(stage, offer=lambda _: slow.bids() if len(slow.calls) > 2 else None)
     await match(stage, slow)
     await awarded(stage)
-    assert not [env for env in stage.all("task", phase="scale") if env.award is None]
+    assert not [env for env in stage.all("task", phase="execute") if env.award is None]
 
 
 @pytest.mark.usefixtures("hurry")
@@ -170,7 +170,7 @@ async def test_announced_nodes_that_do_not_qualify_do_not_keep_a_task_waiting(
 
 @pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize("pinned", [None, "n2"])
-async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_announced(
+async def test_a_task_without_bidders_is_auctioned_again_when_unknown_nodes_are_announced(
     stage: Stage, pinned: str | None
 ) -> None:
     unable = await host(stage, offer=lambda _: unable.declines("unqualified"))
@@ -182,6 +182,6 @@ async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_
     await stage.put("match", asks)
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 1, what="it waits in hand")
     await host(stage, "h2", "n2")
-    won = await stage.seen("task", phase="scale", count=2, task_id=env.task_id)
+    won = await stage.seen("task", phase="execute", task_id=env.task_id)
     assert (won.award.node_id, won.spec.no_offers_since) == ("n2", None)
     assert not stage.all("later")

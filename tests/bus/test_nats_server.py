@@ -1,4 +1,4 @@
-"""The embedded server: up in an instant, and never left behind."""
+"""The embedded server starts fast and never outlives its parent."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Fields of a newer version pass through all phases, none of which knows them, into the record."""
+"""Fields of a newer version pass unknown through all phases into the record."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The ordered reader: every message once, in order, wherever it begins and whatever happens."""
+"""The ordered reader yields every message once and in order, from any start and through any failure."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +19,7 @@ from loom.schemas.errors import LoomError
 
 
 class Reading:
-    """A reader and all it has read."""
+    """A reader and all messages it has read."""
 
     def __init__(self, bus: Bus, **options: Any) -> None:
         self.reader = OrderedConsumer(
@@ -48,7 +48,7 @@ class Reading:
         assert self.failed is None
 
     async def got(self, wanted: list[int], within_s: float = 20) -> None:
-        """Wait until this was read, in this order, and nothing else."""
+        """Wait until exactly these messages were read, in this order."""
         await self.count(len(wanted), within_s)
         assert self.bodies == wanted
         assert [message.seq for message in self.read] == sorted({message.seq for message in self.read})
@@ -197,7 +197,7 @@ async def test_a_consumer_the_server_forgot_is_made_again(bus: Bus, reading: Sta
 
 
 @pytest.mark.parametrize("deliver", ["all", "new", "last_per_subject"])
-async def test_nothing_is_missed_or_doubled_over_a_kill(
+async def test_no_message_is_missed_or_doubled_over_a_kill(
     mortal: Bus, server: NatsServer, connect: Connect, reading: Start, deliver: str
 ) -> None:
     before = [] if deliver == "new" else [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Messages that no consumer will deliver are not work in flight; they are found and removed, and nothing else is."""
+"""Messages that no consumer will deliver are not work in flight; they are found and removed, and no others."""
 
 import asyncio
 from typing import Any
@@ -34,7 +34,7 @@ def hop(stage: Stage, task_id: str) -> Envelope:
 
 
 async def settle_without_removing(bus: Bus, lane: Lane) -> None:
-    """Have the server take all that is stored so far for acknowledged, and keep it: as it was seen to do."""
+    """Make the server count all stored messages as acknowledged and keep them, as it has been observed to do."""
     if bus.connection.server_version < HAS_RESET:
         pytest.skip("this nats-server has no call that resets a consumer")
     stream = bus.subjects.stream(lane.stream)

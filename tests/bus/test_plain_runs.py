@@ -1,4 +1,4 @@
-"""Plain nodes: whatever answers a request is an agent."""
+"""Plain nodes: any program that answers a request is an agent."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ HOST = HostKey("local", "h1")
 
 @pytest.fixture
 async def foreign(nats_url: str) -> AsyncIterator[Client]:
-    """A connection that knows nothing of loom."""
+    """A connection without any code of loom."""
     client = await nats.connect(nats_url)
     yield client
     await client.close()
@@ -75,7 +75,7 @@ def subject_of(stage: Stage) -> str:
     return stage.bus.subjects.of("run", "local", "h1")
 
 
-# -- what is an agent
+# -- programs that are agents
 
 
 async def test_a_program_that_just_replies_is_an_agent(stage: Stage, foreign: Client) -> None:
@@ -150,7 +150,7 @@ async def test_a_reply_that_is_a_last_event_counts_as_one(
     assert bool(execute.bus.discards.hosts) == (b'"text"' in body)
 
 
-async def test_of_two_replies_the_second_is_ignored_and_counted(stage: Stage, foreign: Client) -> None:
+async def test_the_second_of_two_replies_is_ignored_and_counted(stage: Stage, foreign: Client) -> None:
     await respond(foreign, subject_of(stage), replies(b"first", b"second"))
     execute = await stage.phase("execute")
     await given(stage)
@@ -171,7 +171,7 @@ async def test_content_beyond_the_limit_is_cut(stage: Stage, foreign: Client) ->
     assert len(result.content) < 64 * 1024
 
 
-# -- what a reply is
+# -- replies
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign
 
 
 @pytest.mark.slow
-async def test_a_slow_node_is_asked_once_and_a_reply_after_it_was_lost_is_counted(plain: Bus, foreign: Client) -> None:
+async def test_a_slow_node_is_asked_once_and_its_reply_after_the_loss_counted(plain: Bus, foreign: Client) -> None:
     async def nothing(_msg: NatsMsg) -> None:
         """Reply later."""
 

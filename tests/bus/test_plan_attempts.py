@@ -1,4 +1,4 @@
-"""A plan answers for the newest attempt that asks SCALE, wherever SCALE dies: a copy by another way loses no task."""
+"""A plan answers for the newest attempt that reaches SCALE, wherever SCALE dies: a second copy loses no task."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
@@ -69,7 +69,7 @@ async def stored(stage: Stage) -> SplitPlan:
 
 
 def copy_of(plan: SplitPlan, attempt: int) -> Envelope:
-    """The task as it comes to SCALE by another way, for an attempt of its own."""
+    """A second copy of the task to SCALE, with an attempt of its own."""
     award = Award(node_id="n9", host_id="h9", score=0.4)
     facts: dict[str, Any] = {"failures": 1, "excluded": ("n1",), "budget": 900}
     return replace(plan.envelope, attempt=attempt, award=award, **facts)
@@ -112,7 +112,7 @@ POINTS = {
 
 
 def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a replica die at a point, with all that it has sent before at the server."""
+    """Make a replica die at a point, once the server has all its earlier messages."""
     original: Callable[..., Awaitable[Any]] = getattr(point.owner, point.method)
 
     async def fatal(self: Any, *args: Any, **options: Any) -> Any:
@@ -129,7 +129,7 @@ def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def ask(stage: Stage, copy: Envelope, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand a copy to a SCALE that dies at that point, and to another one after it, until nothing is left to do."""
+    """Send a copy to a SCALE that dies at that point, then to another, until no message is left."""
     await stage.hurry(SCALE_LANE, 0.5)
     replica = await stage.phase("scale")
     mortal(replica, POINTS[where], monkeypatch)

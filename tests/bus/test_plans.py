@@ -1,4 +1,4 @@
-"""SCALE divides a task: what it publishes and stores, whatever comes twice, late or never."""
+"""SCALE divides a task: its messages and records, also when messages come twice, late or never."""
 
 import asyncio
 import json
@@ -37,21 +37,21 @@ def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 async def awarded_task(stage: Stage, **facts: Any) -> Envelope:
-    """A task that runs, as MATCH hands it to SCALE."""
-    ours = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
-    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.clock.now(), **ours)))
+    """A running task, as MATCH sends it to SCALE."""
+    options = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
+    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.clock.now(), **options)))
     await stage.record(replace(env, award=None))
     return env
 
 
 def sensed(env: Envelope, **facts: Any) -> Envelope:
-    """The envelope with what SENSE decides about dividing its task."""
+    """The envelope with the decision of SENSE about dividing its task."""
     assert env.spec is not None
     return replace(env, spec=with_division(replace(env.spec, **facts), env.ad, env.depth, ClusterConfig()))
 
 
 async def divided(stage: Stage, parts: Sequence[Part], **facts: Any) -> Envelope:
-    """A task whose ad gives its plan, in SCALE's hands."""
+    """A task whose ad gives its plan, sent to SCALE."""
     env = await awarded_task(stage, context={"plan": written(parts)}, **facts)
     await stage.put("scale", env)
     return env
@@ -65,7 +65,7 @@ async def begun(stage: Stage, name: str, parent: str = "p", *, count: int = 1) -
 
 
 async def end(stage: Stage, child: Envelope, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
-    """Let a subtask end as EVALUATE does: its record, then the notice."""
+    """End a subtask as EVALUATE does: its record, then the notice."""
     assert child.split is not None
     result = RunResult(content=f"out {child.split.subtask}", completion_tokens=tokens)
     error = None if state == "succeeded" else TaskError(code="agent_failed", message="it broke")
@@ -110,7 +110,7 @@ def timers(stage: Stage) -> Any:
 
 
 async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
-    """Every look into a bucket from now on."""
+    """Record every read of a bucket from now on."""
     received: list[Msg] = []
 
     async def record(msg: Msg) -> None:
@@ -121,7 +121,7 @@ async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
     return received
 
 
-# -- as it should be
+# -- the ordinary course
 
 
 async def test_a_divided_task_is_parked_and_its_ready_subtasks_begin(stage: Stage) -> None:
@@ -239,7 +239,7 @@ async def test_clients_get_an_event_when_a_subtask_begins_and_when_it_ends(stage
     assert (await begun(stage, "a")).submitter == "acme"
 
 
-async def test_events_are_repeated_with_what_they_are_about_and_not_for_strangers(stage: Stage) -> None:
+async def test_events_are_repeated_with_their_notice_and_only_for_subtasks_of_the_plan(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",), ("b",)))
     record = await ended(stage, "a")
@@ -255,7 +255,7 @@ async def test_events_are_repeated_with_what_they_are_about_and_not_for_stranger
     ]
 
 
-# -- twice, late, never
+# -- messages that come twice, late or never
 
 
 async def test_all_that_follows_is_published_again_under_the_same_ids(stage: Stage) -> None:
@@ -299,18 +299,18 @@ async def test_a_notice_before_its_time_or_without_a_plan_changes_nothing(stage:
     await divided(stage, (("a",),))
     child = await begun(stage, "a")
     record = await stage.record(child)
-    await notify_end(stage, record)  # it still runs
+    await notify_end(stage, record)  # the subtask still runs
     stranger = replace(child, ad=replace(child.ad, task_id="x"), split=replace(child.split, parent="y"))  # type: ignore[type-var]
     await end(stage, stranger)
     mistaken = replace(child, ad=replace(child.ad, task_id="z"))
-    await end(stage, mistaken)  # one the plan does not know
+    await end(stage, mistaken)  # a subtask that is not in the plan
     await dealt_with(stage)
     assert (await stored(stage)).subtasks[0].state == "running"  # type: ignore[union-attr]
     assert not stage.all("task", phase="execute") + stage.all("task", phase="evaluate")
 
 
 @pytest.mark.slow
-async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
+async def test_a_parked_task_fails_at_its_deadline(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",),), left_s=0.6)
     await begun(stage, "a")
@@ -324,7 +324,7 @@ async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
 
 @pytest.mark.slow
 async def test_the_servers_clock_decides_when_a_parked_task_is_late(stage: Stage) -> None:
-    """A replica whose clock is behind takes the timer for what it is."""
+    """A replica whose clock is behind still accepts the timer."""
     scale = await stage.phase("scale")
     scale.bus.clock._offset_s -= 30
     await divided(stage, (("a",),), left_s=0.6)
@@ -344,7 +344,7 @@ async def test_a_task_joined_late_leaves_its_own_next_attempt_alone(stage: Stage
     assert await stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "task-77")) == 1
 
 
-async def test_a_timer_set_for_a_plan_that_another_replica_has_joined_meanwhile_is_taken_back(
+async def test_the_timer_of_a_plan_joined_by_another_replica_is_removed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def late(*args: Any, **facts: Any) -> None:
@@ -418,7 +418,7 @@ async def test_a_failed_subtask_fails_the_parent_with_its_reason(stage: Stage) -
     assert await timers(stage) == 0
 
 
-async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: Stage) -> None:
+async def test_a_spent_budget_ends_the_task_with_the_outputs_so_far(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",), ("b", "a"), ("c", "b")), token_budget=1000)
     await ended(stage, "a", tokens=10)
@@ -429,7 +429,7 @@ async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: St
     assert len(ids(stage, "task", phase="sense")) == 2
 
 
-async def test_nothing_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
+async def test_no_subtask_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
     env = await awarded_task(stage, context={"plan": written((("a",),))})
     await records(stage.bus).update_with("p", lambda record: replace(record, state="cancelled", ended_at=1.0))
     await stage.phase("scale")
@@ -475,7 +475,7 @@ async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stag
     )
 
 
-# -- depth and plans of no use
+# -- depth and unusable plans
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ async def test_a_given_plan_that_breaks_a_rule_ends_the_task_and_names_the_rule(
 
 
 class Scripted:
-    """A model that gives these answers, or raises them, and keeps what it was asked."""
+    """A model that returns or raises these answers, and keeps its requests."""
 
     def __init__(self, *answers: str | Exception) -> None:
         self.answers = list(answers)
@@ -585,7 +585,7 @@ async def test_a_bad_plan_is_sent_back_once_with_its_errors(stage: Stage) -> Non
         ),
     ],
 )
-async def test_without_a_usable_plan_the_task_runs_whole_with_a_note_and_no_second_request(
+async def test_a_task_without_a_usable_plan_runs_whole_with_a_note_and_no_retry(
     stage: Stage, answers: tuple[Any, ...], why: str
 ) -> None:
     model = Scripted(*answers)
@@ -681,7 +681,7 @@ async def test_a_hard_task_without_a_model_runs_whole_with_a_note(stage: Stage) 
 
 
 async def test_a_decision_not_to_divide_is_stored_and_holds_for_every_copy(stage: Stage) -> None:
-    """A replica that has a model decides for a copy as the one did that had none; a later attempt costs no look."""
+    """A replica with a model keeps the decision of a replica without one; a later attempt costs no read."""
     scale = await stage.phase("scale")
     env = _hard(await awarded_task(stage))
     await stage.put("scale", env)

@@ -1,4 +1,4 @@
-"""Values that no honest process writes: each is left out, and the work on all others goes on."""
+"""Values that no honest process writes are left out, and the work on all others goes on."""
 
 import asyncio
 from typing import Any
@@ -55,7 +55,7 @@ async def learned(stage: Stage, total: int, node: str = "n1") -> NodeProfile:
 
 
 async def put_profile(stage: Stage, key: str, value: Any) -> None:
-    """Store a value in the bucket of profiles, as anyone with the right to write it can."""
+    """Store a value in the bucket of profiles, as any client with write permission can."""
     await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('nodes')}.{key}", value)
 
 
@@ -122,7 +122,7 @@ async def test_an_inheritance_dated_ahead_is_left_out_too(stage: Stage, ahead_s:
 
 
 def forged(now: float) -> dict[str, Any]:
-    """Key by key what a profile of n1 could be replaced with."""
+    """Replacements of a profile of n1, by key."""
     scores = (Score(attempt_id="x:1", score=0.0, ended_at=now),)
     evidence = DomainEvidence(scores=scores, count=1)
     ahead = replace(scores[0], ended_at=now + 1e6)
@@ -212,7 +212,7 @@ async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction
     await stage.phase("match")
     env = envelope(ad(), now=stage.bus.clock.now())
     await stage.put("match", env)
-    award = (await stage.seen("task", phase="scale")).award
+    award = (await stage.seen("task", phase="execute")).award
     assert (award.node_id, {bid.node_id for bid in award.bids}) == ("n1", {"n1", "n2"})
     assert two.calls
 
@@ -326,7 +326,7 @@ async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack:
 
 
 def forge_next_answer(bus: Bus, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the next request answered with `data` before the server can answer it."""
+    """Answer the next request with `data` before the server can answer it."""
     opened = bus.requests.open_inbox
 
     def open_inbox(sink: Any) -> str:

@@ -1,10 +1,10 @@
-"""The continuous pull: a bounded window, kept full, through restarts and without fuss."""
+"""The continuous pull: a bounded window, kept full, through restarts and without idle requests."""
 
 import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ from support.wait import until
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.natsio import pull_consumer as pull_module
-from loom.bus.natsio.pull_consumer import PullConsumer
+from loom.bus.natsio.pull_consumer import STALLED_AFTER, PullConsumer, PullTimings
 from loom.bus.natsio.server_errors import Refused, ServerErrorCode
 from loom.bus.natsio.transport.fast_client import FastClient
 from loom.bus.natsio.transport.message import Msg
@@ -25,7 +24,7 @@ from loom.schemas.errors import BusUnavailable, LoomError
 
 STALLS = [
     (BusUnavailable("no answer"), 3, True),
-    (BusUnavailable("no answer"), 1, False),  # it answers everything else, and there is no other
+    (BusUnavailable("no answer"), 1, False),  # the only server still answers other requests
     (Refused("stream not found", ServerErrorCode.STREAM_NOT_FOUND), 3, False),
 ]
 
@@ -33,7 +32,7 @@ STALLS = [
 class Hand:
     """Takes messages up to `room`, and keeps them until they are settled."""
 
-    def __init__(self, bus: Bus, room: int) -> None:
+    def __init__(self, bus: Bus, room: int, timings: PullTimings = PullTimings()) -> None:
         self.bus = bus
         self.room = room
         self.held: list[Msg] = []
@@ -46,6 +45,7 @@ class Hand:
             window=lambda: self.room - len(self.held),
             sink=self.take,
             restore=lambda: topology.ensure_consumer(bus, SCALE_LANE),
+            timings=timings,
         )
 
     def take(self, msg: Msg) -> None:
@@ -68,9 +68,16 @@ class Hand:
                 await self.settle(len(self.held))
 
 
+def failing_pull(bus: Bus, restore: Callable[[], Awaitable[None]], timings: PullTimings) -> PullConsumer:
+    """A pull consumer of a stream that does not exist."""
+    return PullConsumer(
+        bus.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, restore=restore, timings=timings
+    )
+
+
 @contextlib.asynccontextmanager
-async def holding(bus: Bus, room: int) -> AsyncIterator[Hand]:
-    hand = Hand(bus, room)
+async def holding(bus: Bus, room: int, timings: PullTimings = PullTimings()) -> AsyncIterator[Hand]:
+    hand = Hand(bus, room, timings)
     await hand.pull.start()
     yield hand
     await hand.pull.stop()
@@ -86,7 +93,7 @@ async def consumer_info(bus: Bus) -> dict[str, Any]:
 
 
 async def quiet(bus: Bus) -> None:
-    """Return once everything the server had to deliver has been delivered."""
+    """Return once the server has delivered all pending messages."""
     for _ in range(3):
         await bus.requests.flush()
 
@@ -142,7 +149,7 @@ async def test_a_reconnect_does_not_ask_for_more_than_the_window(bus: Bus) -> No
         assert hand.most == 4
 
 
-async def test_pulling_goes_on_after_the_server_was_killed(mortal: Bus, server: NatsServer) -> None:
+async def test_a_pull_goes_on_after_the_server_was_killed(mortal: Bus, server: NatsServer) -> None:
     await put(mortal, 0, 10)
     async with holding(mortal, 4) as hand:
         await hand.full()
@@ -169,10 +176,7 @@ async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
 
 
 @pytest.mark.slow
-async def test_a_consumer_is_made_again_even_where_a_tap_hides_a_missing_responder(
-    bus: Bus, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pull_module, "QUIET_S", 0.3)
+async def test_a_consumer_is_made_again_even_where_a_tap_hides_a_missing_responder(bus: Bus, connect: Connect) -> None:
     tap = await connect()
 
     async def listen(_: Msg) -> None: ...
@@ -181,16 +185,16 @@ async def test_a_consumer_is_made_again_even_where_a_tap_hides_a_missing_respond
     await tap.requests.flush()
     await bus.jetstream.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
     await put(bus, 0, 3)
-    async with holding(bus, 4) as hand:
+    async with holding(bus, 4, PullTimings(quiet_s=0.3)) as hand:
         await hand.empty_all(3)
 
 
 @pytest.mark.slow
-async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_module, "QUIET_S", 0.3)  # the server does not always report that a stream has gone
+async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus) -> None:
     stream = bus.subjects.stream("TASKS")
     config = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
-    async with holding(bus, 4) as hand:
+    timings = PullTimings(quiet_s=0.3)  # the server does not always report that a stream has gone
+    async with holding(bus, 4, timings) as hand:
         with capture_logs() as logs:
             await bus.jetstream.api(f"STREAM.DELETE.{stream}")
             await until(
@@ -202,17 +206,16 @@ async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, m
 
 
 @pytest.mark.slow
-async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
-    plain: Bus, monkeypatch: pytest.MonkeyPatch
+async def test_a_missing_consumer_is_checked_at_growing_intervals(
+    plain: Bus,
 ) -> None:
-    monkeypatch.setattr(pull_module, "RETRY_MOST_S", 0.8)
     times: list[float] = []
 
     async def broken() -> None:
         times.append(time.monotonic())
         raise BusUnavailable("no such stream")
 
-    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, restore=broken)
+    pull = failing_pull(plain, broken, PullTimings(max_retry_s=0.8))
     await pull.start()
     with capture_logs():
         await until(lambda: len(times) == 4, within_s=20, what="four looks")
@@ -226,8 +229,6 @@ async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
 async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
     plain: Bus, monkeypatch: pytest.MonkeyPatch, error: LoomError, servers: int, *, leaves: bool
 ) -> None:
-    monkeypatch.setattr(pull_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(pull_module, "RETRY_MOST_S", 0.01)
     monkeypatch.setattr(FastClient, "servers", property(lambda _: [None] * servers))
     reconnects: list[None] = []
     plain.connection.on_reconnect(lambda: reconnects.append(None))
@@ -238,18 +239,16 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
         tries += 1
         raise error
 
-    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, restore=broken)
+    pull = failing_pull(plain, broken, PullTimings(min_retry_s=0.01, max_retry_s=0.01))
     await pull.start()
     with capture_logs():
-        await until(lambda: tries >= 3 * pull_module.STALLED_AFTER + 1, what="many tries")
+        await until(lambda: tries >= 3 * STALLED_AFTER + 1, what="many tries")
     await pull.stop()
     assert len(reconnects) == int(leaves), "a new connection is given time"
 
 
 async def test_an_expired_pull_request_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_module, "EXPIRES_S", 0.3)
-    monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.1)
-    async with holding(bus, 4) as hand:
+    async with holding(bus, 4, PullTimings(expires_s=0.3, heartbeat_s=0.1)) as hand:
         asked = count_requests(bus, monkeypatch)
         await until(lambda: len(asked) >= 2, what="two further requests")
         assert all(batch <= 4 for batch in asked)
@@ -275,8 +274,7 @@ def count_requests(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 async def test_an_idle_pull_asks_once_and_then_waits(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = count_requests(bus, monkeypatch)
-    monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.05)
-    async with holding(bus, 4) as hand:
+    async with holding(bus, 4, PullTimings(heartbeat_s=0.05)) as hand:
         received_at = hand.pull._received_at
         await until(lambda: hand.pull._received_at > received_at + 0.3, what="several heartbeats")
         for _ in range(50):
@@ -311,7 +309,7 @@ async def test_a_stopped_pull_delivers_the_messages_on_their_way_and_then_none(b
     await hand.pull.stop()
 
 
-async def test_stopping_amid_a_reconnect_leaves_no_subscription(bus: Bus) -> None:
+async def test_a_stop_during_a_reconnect_leaves_no_subscription(bus: Bus) -> None:
     before = len(bus.connection._nc._subs)
     hand = Hand(bus, 4)
     await hand.pull.start()

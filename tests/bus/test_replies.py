@@ -1,4 +1,4 @@
-"""Where answers go: to inboxes of clients, by plain subjects also to those of the cluster, and nowhere else."""
+"""Answers go to inboxes of clients, for plain subjects also to those of the cluster, and to no other subject."""
 
 import json
 
@@ -55,14 +55,14 @@ def test_any_other_reply_subject_is_refused(reply: str, plain: bool) -> None:
     assert not is_inbox(reply, plain=plain)
 
 
-def test_an_inbox_of_the_cluster_may_be_answered_where_the_request_came_by_a_plain_subject() -> None:
+def test_a_cluster_inbox_is_answered_for_requests_by_a_plain_subject() -> None:
     assert is_inbox("_LOOM.scale.scale-1.x.7", plain=True)
     assert not is_inbox("_LOOM.scale.scale-1.x.7")
 
 
 @pytest.mark.parametrize("family", ["submit", "status", "cancel"])
 @pytest.mark.parametrize("reply", ["LOOM.x.cancelled.y", "$JS.API.STREAM.PURGE.KV", "_LOOM.sense.x.1"])
-async def test_a_request_with_another_reply_subject_is_carried_out_and_its_answer_is_refused_and_counted(
+async def test_a_request_with_another_reply_subject_takes_effect_and_its_refused_answer_is_counted(
     stage: Stage, family: str, reply: str
 ) -> None:
     sense = await stage.phase("sense")

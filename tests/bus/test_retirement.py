@@ -27,14 +27,14 @@ def timings() -> ServiceTimings:
 async def grown(stage: Stage) -> SpawningHost:
     """A host that has grown from one node to three, all busy; `let_go` ends their work."""
     agent = HeldAgent()
-    here = await start_spawning_host(stage, [node("a", agent, code=0.9)], 3, slots=1)
-    here.let_go = agent.released.set  # type: ignore[attr-defined]
-    await here.occupy("a", agent)
+    host = await start_spawning_host(stage, [node("a", agent, code=0.9)], 3, slots=1)
+    host.let_go = agent.released.set  # type: ignore[attr-defined]
+    await host.occupy("a", agent)
     for child in ("a-c1", "a-c2"):
-        assert (await here.spawn()).node_id == child
-        await here.occupy(child, agent)
-    await here.announces("a", "a-c1", "a-c2")
-    return here
+        assert (await host.spawn()).node_id == child
+        await host.occupy(child, agent)
+    await host.announces("a", "a-c1", "a-c2")
+    return host
 
 
 def orders(stage: Stage) -> list[RetireRequest]:
@@ -103,7 +103,7 @@ def published_count(stage: Stage, node_id: str) -> int:
     return news[-1].profile.domains["code"].count if news else 0
 
 
-async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, grown: SpawningHost) -> None:
+async def test_a_failing_child_retires_during_its_work_and_ends_it(stage: Stage, grown: SpawningHost) -> None:
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.01, consecutive_loss_limit=3))
     await earned(stage, "a-c2", 0.0, 0.0, 0.0)
     changed = await stage.seen("lifecycle", kind="changed", node_id="a-c2", within_s=WITHIN_S)
@@ -114,14 +114,14 @@ async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, g
 
 
 @pytest.mark.slow
-async def test_of_two_replicas_one_acts_and_min_nodes_stay(stage: Stage, grown: SpawningHost) -> None:
+async def test_one_of_two_replicas_acts_and_min_nodes_stay(stage: Stage, grown: SpawningHost) -> None:
     stage.timings = ServiceTimings(adapt=AdaptTimings(sweep_s=0.05, lease_s=1.0))
     config = ClusterConfig(idle_timeout_s=0.3, min_nodes=2)
     replicas = [await stage.phase("adapt", config) for _ in range(2)]
     grown.let_go()  # type: ignore[attr-defined]
     await until(lambda: len(grown.names()) == 2, within_s=WITHIN_S, what="one child has gone")
     count = len(stage.all("host"))
-    await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both look on meanwhile
+    await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both replicas check their nodes meanwhile
     assert len(orders(stage)) == 1
     assert len(grown.names()) == 2
     holder = await stage.bus.bucket("tuning", Lease).get("apoptosis")

@@ -45,7 +45,7 @@ async def replayed(rewards: RewardBus, **only: str) -> list[Reward]:
 
 
 class Listener:
-    """Collects what a subscription yields."""
+    """Collects the rewards of a subscription."""
 
     def __init__(self, stream: AsyncIterator[Reward]) -> None:
         self.got: list[Reward] = []
@@ -63,11 +63,11 @@ class Listener:
 async def listening(bus: Bus, count: int) -> None:
     """Wait until so many readers have their consumers."""
 
-    async def there() -> bool:
+    async def have_consumers() -> bool:
         names = (await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream('REWARDS')}"))["consumers"] or []
         return len(names) >= count
 
-    await until(there, what=f"{count} readers")
+    await until(have_consumers, what=f"{count} readers")
 
 
 async def test_a_reward_is_published_and_replayed_unchanged(rewards: RewardBus) -> None:
@@ -155,7 +155,7 @@ async def test_a_listener_that_leaves_early_leaves_nothing_behind(bus: Bus, rewa
     assert len(bus.connection._nc._subs) == before
 
 
-async def test_without_a_bus_only_the_formulas_work() -> None:
+async def test_only_the_formulas_work_without_a_bus() -> None:
     rewards = formulas.RewardBus()
     assert rewards.compute_signal(TaskAd(description="x"), True, 0).total > 0
     with pytest.raises(BusUnavailable, match="no bus"):

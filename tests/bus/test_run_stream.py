@@ -46,7 +46,7 @@ async def read_events(watch: RunStream) -> list[RunEvent]:
     return events
 
 
-async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of_the_time(plain: Bus) -> None:
+async def test_a_host_that_missed_the_request_is_asked_again_with_the_remaining_time(plain: Bus) -> None:
     one = await host(plain, deaf=2)
     kinds = [event.kind for event in await read_events(await watch_of(plain, REQUEST, timings=TIMINGS))]
     assert kinds == ["accepted", "started", "result"]
@@ -78,7 +78,7 @@ async def test_several_events_in_one_message_are_several_events(plain: Bus) -> N
     assert [event.seq for event in await read_events(await watch_of(plain, REQUEST, timings=TIMINGS))] == [0, 1, 2]
 
 
-async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_counts(plain: Bus) -> None:
+async def test_a_stop_ends_the_wait_for_the_next_event_and_earlier_events_still_count(plain: Bus) -> None:
     one = await host(plain, FakeRun.succeed)
     stop = Interrupt()
     async with await watch_of(plain, REQUEST, stop, timings=TIMINGS) as watch:
@@ -110,9 +110,7 @@ async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(pla
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attached", [True, False])
-async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_heartbeats(
-    plain: Bus, attached: bool
-) -> None:
+async def test_only_a_run_that_may_still_go_on_is_awaited_for_three_heartbeats(plain: Bus, attached: bool) -> None:
     timings = replace_fields(TIMINGS, accept_s=0.25, silence_s=30)
     await host(plain, deaf=6)
     watch = await watch_of(plain, REQUEST, timings=timings, attached=attached)

@@ -1,4 +1,4 @@
-"""The subjects on which a run's events arrive: whose they are, and what comes on any other."""
+"""The subjects on which a run's events arrive, and messages that come on any other."""
 
 import pytest
 from support.builders import ad, awarded, envelope
@@ -28,7 +28,7 @@ async def given(stage: Stage, owner: str = "local") -> Envelope:
     return env
 
 
-async def test_a_run_request_names_the_host_its_owner_and_the_replica_in_its_reply_subject(stage: Stage) -> None:
+async def test_the_reply_subject_of_a_run_request_names_host_owner_and_replica(stage: Stage) -> None:
     one = await FakeHost(await stage.connect("node"), owner="acme", run=FakeRun.succeed).start()
     execute = await stage.phase("execute")
     env = await given(stage, owner="acme")
@@ -49,7 +49,7 @@ async def test_a_run_request_names_the_host_its_owner_and_the_replica_in_its_rep
     [("local", "h1", "guessed", "h1"), ("local", "h2", "", "h2"), ("acme", "h1", "", "acme.h1")],
     ids=["another key", "another host", "another owner"],
 )
-async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_and_are_counted(
+async def test_events_for_a_run_of_another_host_have_no_effect_and_are_counted(
     stage: Stage, owner: str, host_id: str, key: str, counted: str
 ) -> None:
     async def start(run: FakeRun) -> None:
@@ -83,7 +83,7 @@ async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(plain: Bus
             await watch.next()
 
 
-async def test_each_watch_has_its_own_key_and_late_events_of_a_moved_run_are_not_counted(
+async def test_each_watch_has_its_own_key_and_a_moved_runs_late_events_do_not_count(
     plain: Bus,
 ) -> None:
     one = await FakeHost(plain).start()
@@ -102,7 +102,7 @@ async def test_each_watch_has_its_own_key_and_late_events_of_a_moved_run_are_not
     assert not plain.discards.hosts
 
 
-async def test_a_reply_after_the_last_event_is_counted_if_the_run_was_asked_for_once(plain: Bus) -> None:
+async def test_a_reply_after_the_last_event_is_counted_after_a_single_request(plain: Bus) -> None:
     one = await FakeHost(plain, run=FakeRun.succeed).start()
     async with await watch_of(plain, REQUEST) as watch:
         while (event := await watch.next()) is not None and not event.final:

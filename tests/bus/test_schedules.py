@@ -25,7 +25,7 @@ async def soon(bus: Bus, by: str, target_task: str = "t1", task: str = "t1", to:
     )
 
 
-async def test_a_phase_takes_what_it_has_scheduled_itself(bus: Bus, phases: Phases) -> None:
+async def test_a_phase_takes_its_own_scheduled_messages(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus)
     await soon(bus, "scale")
     await phase.count(1)

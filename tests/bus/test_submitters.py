@@ -1,4 +1,4 @@
-"""Whose task it is: plain subjects reach all tasks, those of a submitter its own, and an id has one task."""
+"""The submitter of a task: plain subjects reach all tasks, those of a submitter its own, and an id has one task."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -41,7 +41,7 @@ async def stored(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> Su
 
 
 async def admitted(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> TaskRecord:
-    """Have a task admitted, and return its record."""
+    """Submit a task, wait for its admission, and return its record."""
     await stored(stage, submitter, task, **facts)
     await stage.settled("INTAKE")
     return await stage.read(task.task_id)
@@ -97,7 +97,7 @@ async def test_a_name_reaches_its_own_task_and_the_plain_subject_every_task(stag
         assert len(stage.all("task", phase="evaluate")) == count
 
 
-# -- submits of an id that is known
+# -- submissions of a known id
 
 
 @pytest.mark.parametrize("by", ["bob", "public", ""])
@@ -114,7 +114,7 @@ async def test_an_id_of_another_submitter_is_refused_by_either_subject_before_th
     assert len(stage.all("intake")) == 1
 
 
-async def test_another_ad_under_a_known_id_is_refused_and_the_same_ad_again_is_answered(stage: Stage) -> None:
+async def test_another_ad_under_a_known_id_is_refused_and_the_same_one_answered(stage: Stage) -> None:
     await stage.phase("sense")
     task = ad(context={"n": 1})
     await ended(stage, "ann", task)
@@ -130,7 +130,7 @@ async def test_another_ad_under_a_known_id_is_refused_and_the_same_ad_again_is_a
     assert await without_waiting.answer(Accepted) == Accepted(task_id=task.task_id)
 
 
-async def test_an_id_that_sense_makes_is_not_looked_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_id_made_by_sense_is_not_looked_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     await stage.phase("sense")
     asked: list[Any] = []
 
@@ -176,8 +176,8 @@ async def test_admission_refuses_another_ad_of_the_same_submitter_and_its_first_
     assert await stage.read(task.task_id) == before
 
 
-async def test_a_submission_delivered_again_is_its_own_task_whatever_its_ad(stage: Stage) -> None:
-    """The server hands it out again when an acknowledgement was lost."""
+async def test_a_submission_delivered_again_belongs_to_its_own_task_with_any_ad(stage: Stage) -> None:
+    """The server delivers it again when an acknowledgement was lost."""
     await stage.phase("sense")
     task = ad()
     sent = await stored(stage, "ann", task)
@@ -244,9 +244,7 @@ async def test_a_client_of_a_name_does_not_ask_for_the_time_of_the_server(stage:
     assert stage.bus.clock.measured
 
 
-async def test_a_handle_whose_id_is_of_another_submitter_fails_at_once_and_that_task_goes_on(
-    stage: Stage, ann: Bus
-) -> None:
+async def test_a_handle_with_an_id_of_another_submitter_fails_and_that_task_goes_on(stage: Stage, ann: Bus) -> None:
     await stage.phase("sense")
     task = ad()
     before = await admitted(stage, "bob", task)
@@ -259,7 +257,7 @@ async def test_a_handle_whose_id_is_of_another_submitter_fails_at_once_and_that_
 
 
 @pytest.mark.parametrize("has_ended", [True, False])
-async def test_a_handle_whose_id_is_of_another_ad_fails_and_that_task_goes_on(
+async def test_a_handle_with_an_id_of_another_ad_fails_and_that_task_goes_on(
     stage: Stage, ann: Bus, quick: None, has_ended: bool
 ) -> None:
     await stage.phase("sense")

@@ -140,7 +140,7 @@ async def test_a_closed_tap_ends_its_readers_after_the_buffered_messages(plain: 
         assert [seen.tokens["task_id"] async for seen in tap] == ["t1"]
 
 
-async def test_reading_on_a_connection_closed_for_good_fails(plain: Bus) -> None:
+async def test_a_read_on_a_connection_closed_for_good_fails(plain: Bus) -> None:
     async with Tap(plain) as tap:
         reading = asyncio.ensure_future(take(tap, 1))
         await plain.requests.flush()

@@ -107,7 +107,7 @@ async def test_a_published_task_is_in_the_intake_under_its_priority(bus: Bus) ->
     await handle.close()
 
 
-async def test_one_task_published_twice_makes_two_submissions_with_their_own_ids(bus: Bus) -> None:
+async def test_one_task_published_twice_makes_two_submissions_that_sense_can_distinguish(bus: Bus) -> None:
     for _ in range(2):
         await (await task_client.publish(bus, AD)).close()
     assert await messages(bus, "INTAKE") == 2
@@ -150,7 +150,7 @@ async def test_a_failed_task_raises_the_error_of_its_code(plain: Bus, handle: Ta
     assert caught.value.task_id == "t1"
 
 
-async def test_waiting_may_be_limited_and_begun_again(plain: Bus, handle: TaskHandle) -> None:
+async def test_a_wait_for_a_result_may_time_out_and_begin_again(plain: Bus, handle: TaskHandle) -> None:
     with pytest.raises(TimeoutError):
         await handle.result(0.02)
     waiting = asyncio.ensure_future(handle.result(5))
@@ -316,7 +316,7 @@ async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_raises
     assert complaints == []
 
 
-# -- asking and cancelling
+# -- status and cancel
 
 
 async def test_the_status_is_a_result_and_the_record_is_absent_while_the_task_waits(
@@ -357,7 +357,7 @@ async def test_an_id_that_is_not_a_token_is_refused(plain: Bus) -> None:
 # -- answers
 
 
-async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_headers(plain: Bus) -> None:
+async def test_a_failed_task_is_answered_with_its_result_and_error_headers(plain: Bus) -> None:
     error = TaskError(code="cancelled", message="someone\ncancelled\r\nthe task: 代码")
     record = _ended(state="cancelled", envelope=envelope(error=error))
     received: list[Msg] = []

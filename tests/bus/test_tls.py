@@ -162,7 +162,7 @@ async def test_a_server_that_another_one_has_named_gets_the_credentials_by_tls(
 
 
 @pytest.mark.parametrize("demand", ["", "allow_non_tls: true"])
-async def test_a_certificate_of_an_unknown_authority_or_for_another_host_is_the_cause_that_is_given(
+async def test_a_certificate_of_an_unknown_authority_or_another_host_is_the_named_cause(
     demand: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = certificate(tmp_path, host="elsewhere.example", ip="127.0.0.9")

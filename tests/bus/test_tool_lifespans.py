@@ -1,4 +1,4 @@
-"""What tools need open lives as long as the host of their node."""
+"""Connections of tools stay open as long as the host of their node."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ from loom.types import AgentNode, CapabilityProfile
 
 
 class Server:
-    """A tool server; it cannot be reached as often as `refusals` has it."""
+    """A tool server that refuses the first `refusals` connections."""
 
     def __init__(self, refusals: int = 0) -> None:
         self.refusals = refusals
@@ -40,7 +40,7 @@ class Server:
         return AgentNode(id=node_id, agent=agent, capabilities=CapabilityProfile(scores={"code": 0.5}))
 
 
-async def test_a_server_is_opened_once_for_all_runs_and_nodes_and_closed_with_the_host(stage: Stage) -> None:
+async def test_a_tool_server_is_opened_once_per_host_and_closed_with_it(stage: Stage) -> None:
     server = Server()
     life = Lifespan(server.connect)
     host = await stage.host([server.node("n1", life), server.node("n2", life)])

@@ -40,7 +40,7 @@ async def consumers(bus: Bus, stream: str) -> set[str]:
     return set((await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream(stream)}"))["consumers"] or [])
 
 
-async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: Bus) -> None:
+async def test_all_streams_buckets_and_consumers_exist_after_the_first_apply(plain: Bus) -> None:
     assert await names(plain) == set()
     assert await topology.apply(plain, ClusterConfig()) == []
     s = plain.subjects
@@ -54,7 +54,7 @@ async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: 
     }
 
 
-async def test_applying_twice_changes_nothing_and_reports_nothing(bus: Bus) -> None:
+async def test_a_second_apply_changes_nothing_and_reports_nothing(bus: Bus) -> None:
     async def everything() -> list[Any]:
         found = [await bus.jetstream.api(f"STREAM.INFO.{name}") for name in sorted(await names(bus))]
         found += [
@@ -90,7 +90,7 @@ async def test_a_lane_waits_thirty_seconds_and_delivers_without_end(bus: Bus) ->
         config = (await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}"))["config"]
         assert (config["ack_policy"], config["ack_wait"], config["max_deliver"]) == ("explicit", 30 * 10**9, -1)
         assert config["max_ack_pending"] == -1
-        assert "backoff" not in config  # it would override the 30 seconds
+        assert "backoff" not in config  # a backoff list would override the 30 seconds
 
 
 async def test_every_phase_has_a_lane_for_every_priority(bus: Bus) -> None:
@@ -195,7 +195,7 @@ async def test_only_the_stream_with_schedules_allows_rollup_headers_as_the_serve
         await bus.jetstream.api("STREAM.CREATE.pedantic", {**config, "allow_rollup_hdrs": False, "pedantic": True})
 
 
-# -- what is missing
+# -- missing streams and consumers
 
 
 async def test_missing_streams_are_restored_and_the_others_left_as_they_are(bus: Bus) -> None:

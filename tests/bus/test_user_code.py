@@ -1,4 +1,4 @@
-"""What leaves user code stays with its run: neither the host nor another run notices."""
+"""Exceptions of user code end only their run: neither the host nor another run is affected."""
 
 import asyncio
 import time
@@ -197,7 +197,7 @@ class Node(AgentNode):
         raise KeyboardInterrupt(domain)
 
 
-async def test_a_node_that_raises_when_it_is_asked_for_a_bid_does_not_end_its_host(stage: Stage) -> None:
+async def test_a_node_that_raises_on_a_call_for_bids_does_not_end_its_host(stage: Stage) -> None:
     host = await stage.host([Node(id="n1", agent=patient)])
     assert (await offer_to(stage.bus, call_for_bids())).decline == "unqualified"
     await (await run(stage, host)).event("result")

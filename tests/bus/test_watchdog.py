@@ -94,9 +94,9 @@ async def test_a_blocked_host_stays_alive_for_its_watchers(bus: Bus, nats_url: s
     await bus.connection.subscribe_sync(
         bus.subjects.of("host", "*", "*"), lambda msg: received.append(decode(msg.data, HostAnnouncement))
     )
-    async with HostInAThread(nats_url, namespace, agent) as there:
+    async with HostInAThread(nats_url, namespace, agent) as thread:
         with capture_logs() as logs:
-            events = await events_of(bus, there.host)
+            events = await events_of(bus, thread.host)
             await until(lambda: agent.begun, what="the agent blocks the loop")
             before = len(received)
             beats = sum(event.kind == "heartbeat" for event in events)
@@ -130,10 +130,10 @@ async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog
     agent = Blocks()
     received: list[Msg] = []
     await bus.connection.subscribe_sync(bus.subjects.of("host", "*", "*"), received.append)
-    async with HostInAThread(nats_url, namespace, agent) as there:
-        events = await events_of(bus, there.host, remaining_s=1.0)
+    async with HostInAThread(nats_url, namespace, agent) as thread:
+        events = await events_of(bus, thread.host, remaining_s=1.0)
         await until(lambda: agent.begun, what="the agent blocks the loop")
-        run = there.host._runs.active()[0]
+        run = thread.host._runs.active()[0]
         await until(lambda: run.left_s == 0, within_s=WITHIN_S, what="the deadline")
         counts: list[int] = []
         for announcements in (2, 4):  # the same thread publishes them
@@ -153,10 +153,10 @@ async def test_the_runs_of_a_blocked_host_can_be_given_back_from_another_thread(
     await bus.connection.subscribe_sync(
         bus.subjects.of("host", "*", "*"), lambda msg: received.append(decode(msg.data, HostAnnouncement))
     )
-    async with HostInAThread(nats_url, namespace, agent) as there:
-        events = await events_of(bus, there.host)
+    async with HostInAThread(nats_url, namespace, agent) as thread:
+        events = await events_of(bus, thread.host)
         await until(lambda: agent.begun, what="the agent blocks the loop")
-        await asyncio.to_thread(there.host.give_back)
+        await asyncio.to_thread(thread.host.give_back)
         await until(lambda: events[-1].kind == "error", within_s=WITHIN_S, what="the run is given back")
         assert events[-1].error is not None
         assert events[-1].error.code == "node_busy"
@@ -171,8 +171,8 @@ async def test_a_host_that_is_not_blocked_opens_no_second_connection(bus: Bus, n
         return "done"
 
     with capture_logs() as logs:
-        async with HostInAThread(nats_url, namespace, waits) as there:
-            events = await events_of(bus, there.host)
+        async with HostInAThread(nats_url, namespace, waits) as thread:
+            events = await events_of(bus, thread.host)
             begun = time.monotonic()
             await until(lambda: bool(events) and events[-1].kind == "result", within_s=WITHIN_S, what="the result")
             assert time.monotonic() - begun >= 0.5

@@ -67,7 +67,7 @@ async def test_phases_do_not_start_on_a_store_of_another_version_however_patient
         await PhaseGroup(bus, init=init).start(patience_s=60)
 
 
-async def test_a_lost_bucket_is_not_created_beside_streams_of_another_version(bus: Bus) -> None:
+async def test_a_lost_bucket_is_not_created_next_to_streams_of_another_version(bus: Bus) -> None:
     await bus.jetstream.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
     await age(bus, "DEAD", {"loom.wire": "2"})
     with pytest.raises(WireMismatch):
@@ -110,7 +110,7 @@ async def test_processes_of_the_same_version_and_of_other_namespaces_do_not_prev
     await check_processes(plain)
 
 
-# -- who creates what
+# -- permissions to create streams
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ async def test_the_lanes_of_the_phases_are_all_lanes() -> None:
     assert sorted(lanes) == sorted(topology.LANES)
 
 
-async def test_deleting_leaves_nothing_of_the_namespace_and_all_of_others(bus: Bus, connect: Connect) -> None:
+async def test_a_delete_leaves_nothing_of_the_namespace_and_all_of_others(bus: Bus, connect: Connect) -> None:
     other = await connect(namespace=f"{bus.subjects.namespace}_2")
     await topology.apply(other, CONFIG)
     await age(bus, "TASKS", {})

@@ -53,13 +53,13 @@ def burst() -> None:
 
 @tool
 def flood() -> str:
-    """Return far too much."""
+    """Return a text above the limit."""
     return "é" * 1_000_000
 
 
 @tool
 def opaque() -> object:
-    """Return what JSON cannot carry."""
+    """Return a value that JSON cannot carry."""
     return object()
 
 
@@ -79,16 +79,16 @@ def echo(request: Request) -> Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What a model does, and how the task must end."""
+    """The replies of a model, and the expected end of the task."""
 
     replies: Sequence[Reply | Callable[[Request], Reply]]
-    """In order; the last one for ever."""
+    """In order; the last one repeats."""
     state: str = "failed"
     code: str = "agent_failed"
-    says: str = ""
+    contains: str = ""
     """Part of the answer, or of the error's message."""
-    asked: int = 1
-    """How often the model is asked."""
+    requests: int = 1
+    """The number of requests to the model."""
     retry_after_s: float | None = None
     ad: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -96,91 +96,102 @@ class Fault:
     """How long the provider lets its server be silent."""
 
 
-def well(*replies: Reply | Callable[[Request], Reply], says: str, asked: int, **facts: Any) -> Fault:
-    return Fault(replies=replies, state="succeeded", code="", says=says, asked=asked, **facts)
+def succeeds(*replies: Reply | Callable[[Request], Reply], contains: str, requests: int, **facts: Any) -> Fault:
+    return Fault(replies=replies, state="succeeded", code="", contains=contains, requests=requests, **facts)
 
 
-def ill(*replies: Reply | Callable[[Request], Reply], says: str, **facts: Any) -> Fault:
-    return Fault(replies=replies, says=says, **facts)
+def fails(*replies: Reply | Callable[[Request], Reply], contains: str, **facts: Any) -> Fault:
+    return Fault(replies=replies, contains=contains, **facts)
 
 
 FINE = Reply(text="fine", usage=(20, 5))
 FAULTS: dict[str, Fault] = {
     # -- the server is busy or broken
-    "429 in seconds": well(Reply(status=429, headers={"Retry-After": "1"}), FINE, says="fine", asked=2),
-    "429 in milliseconds": well(Reply(status=429, headers={"retry-after-ms": "20"}), FINE, says="fine", asked=2),
-    "429 until a past date": well(
-        Reply(status=429, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}), FINE, says="fine", asked=2
+    "429 in seconds": succeeds(Reply(status=429, headers={"Retry-After": "1"}), FINE, contains="fine", requests=2),
+    "429 in milliseconds": succeeds(
+        Reply(status=429, headers={"retry-after-ms": "20"}), FINE, contains="fine", requests=2
     ),
-    "429 without a word": well(Reply(status=429), FINE, says="fine", asked=2),
-    "429 always": ill(Reply(status=429), says="too busy (429)", asked=3),
-    "429 past the deadline": ill(
-        Reply(status=429, headers={"Retry-After": "3600"}), says="too busy (429)", retry_after_s=3600
+    "429 until a past date": succeeds(
+        Reply(status=429, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}), FINE, contains="fine", requests=2
     ),
-    "429 until a date past the deadline": ill(
-        Reply(status=429, headers={"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}), says="too busy (429)"
+    "429 without a word": succeeds(Reply(status=429), FINE, contains="fine", requests=2),
+    "429 always": fails(Reply(status=429), contains="too busy (429)", requests=3),
+    "429 past the deadline": fails(
+        Reply(status=429, headers={"Retry-After": "3600"}), contains="too busy (429)", retry_after_s=3600
     ),
-    "500 once": well(Reply(status=500), FINE, says="fine", asked=2),
-    "500 always": ill(Reply(status=500, body='{"error": {"message": "oh no"}}'), says="(500): oh no", asked=3),
-    "502 with a page": ill(Reply(status=502, body=PAGE), says="failed (502)", asked=3),
-    "400 with half a character": ill(Reply(status=400, body='{"error": {"message": "\\ud83d"}}'), says="(400): ?"),
-    "401": ill(Reply(status=401), says="check the API key"),
+    "429 until a date past the deadline": fails(
+        Reply(status=429, headers={"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}), contains="too busy (429)"
+    ),
+    "500 once": succeeds(Reply(status=500), FINE, contains="fine", requests=2),
+    "500 always": fails(Reply(status=500, body='{"error": {"message": "oh no"}}'), contains="(500): oh no", requests=3),
+    "502 with a page": fails(Reply(status=502, body=PAGE), contains="failed (502)", requests=3),
+    "400 with half a character": fails(
+        Reply(status=400, body='{"error": {"message": "\\ud83d"}}'), contains="(400): ?"
+    ),
+    "401": fails(Reply(status=401), contains="check the API key"),
     # -- the connection
-    "dropped once": well(Reply(cut_after=0), FINE, says="fine", asked=2),
-    "dropped always": ill(Reply(cut_after=0), says="connection to the model's server", asked=3),
-    "silent once": well(Reply(delay_s=60), FINE, says="fine", asked=2, patience_s=2),
-    "silent always": ill(Reply(delay_s=60), says="sent nothing", asked=3, patience_s=0.3),
-    "late": ill(Reply(text="word " * 1000, pause_s=0.2), says="", code="deadline_exceeded", ad={"timeout_s": 2.0}),
+    "dropped once": succeeds(Reply(cut_after=0), FINE, contains="fine", requests=2),
+    "dropped always": fails(Reply(cut_after=0), contains="connection to the model's server", requests=3),
+    "silent once": succeeds(Reply(delay_s=60), FINE, contains="fine", requests=2, patience_s=2),
+    "silent always": fails(Reply(delay_s=60), contains="sent nothing", requests=3, patience_s=0.3),
+    "late": fails(
+        Reply(text="word " * 1000, pause_s=0.2), contains="", code="deadline_exceeded", ad={"timeout_s": 2.0}
+    ),
     # -- the answer
-    "cut in the middle": ill(Reply(text="a text of several pieces", cut_after=3), says="broke off"),
-    "silent in the middle": ill(
-        Reply(text="a text of several pieces", silent_after=3), says="sent nothing", patience_s=2
+    "cut in the middle": fails(Reply(text="a text of several pieces", cut_after=3), contains="broke off"),
+    "silent in the middle": fails(
+        Reply(text="a text of several pieces", silent_after=3), contains="sent nothing", patience_s=2
     ),
-    "just ended": ill(Reply(text="half an ans", finish_reason=None), says="broke off"),
-    "an error event first": well(Reply(events=(ERROR_EVENT,)), FINE, says="fine", asked=2),
-    "an error event later": ill(Reply(events=(text_event("well"), ERROR_EVENT)), says="the engine stopped"),
-    "no choices": ill(Reply(events=('{"choices": []}',)), says="broke off", asked=3),
-    "no choices, whole": ill(Reply(no_choices=True), says="it has no choices", config={"stream": False}),
-    "no text": ill(Reply(text=" "), says="without an answer"),
-    "another form": ill(Reply(body="<html>Welcome!</html>"), says="", config={"stream": False}),
-    "withheld": ill(Reply(text="b", finish_reason="content_filter"), says="withheld"),
-    "full length": well(Reply(text="to be contin", finish_reason="length"), says="to be contin", asked=1),
-    "without end": ill(Reply(text="word " * 1000), says="does not stop", config={"max_tokens": 10}),
-    "no usage": well(Reply(text="fine", usage=None), says="fine", asked=1),
+    "just ended": fails(Reply(text="half an ans", finish_reason=None), contains="broke off"),
+    "an error event first": succeeds(Reply(events=(ERROR_EVENT,)), FINE, contains="fine", requests=2),
+    "an error event later": fails(Reply(events=(text_event("well"), ERROR_EVENT)), contains="the engine stopped"),
+    "no choices": fails(Reply(events=('{"choices": []}',)), contains="broke off", requests=3),
+    "no choices, whole": fails(Reply(no_choices=True), contains="it has no choices", config={"stream": False}),
+    "no text": fails(Reply(text=" "), contains="without an answer"),
+    "another form": fails(Reply(body="<html>Welcome!</html>"), contains="", config={"stream": False}),
+    "withheld": fails(Reply(text="b", finish_reason="content_filter"), contains="withheld"),
+    "full length": succeeds(Reply(text="to be contin", finish_reason="length"), contains="to be contin", requests=1),
+    "without end": fails(Reply(text="word " * 1000), contains="does not stop", config={"max_tokens": 10}),
+    "no usage": succeeds(Reply(text="fine", usage=None), contains="fine", requests=1),
     # -- tools
-    "arguments that are no JSON": well(wanting("add", "{a:"), echo, says="not valid", asked=2),
-    "arguments that are no object": well(wanting("add", "[1]"), echo, says="not valid", asked=2),
-    "arguments of the wrong type": well(wanting("add", '{"a": "x", "b": 1}'), echo, says="not valid", asked=2),
-    "an unknown tool": well(wanting("divide"), echo, says="no tool of that name", asked=2),
-    "a tool that hangs": well(wanting("hang"), echo, says="no result within 0.1 s", asked=2),
-    "a tool that raises": well(wanting("burst"), echo, says="OSError: the disk is on fire", asked=2),
-    "a tool that floods": well(
-        wanting("flood"), lambda r: Reply(text=last_message(r)[-50:]), says="1000000 char", asked=2
+    "arguments that are not JSON": succeeds(wanting("add", "{a:"), echo, contains="not valid", requests=2),
+    "arguments that are not an object": succeeds(wanting("add", "[1]"), echo, contains="not valid", requests=2),
+    "arguments of the wrong type": succeeds(
+        wanting("add", '{"a": "x", "b": 1}'), echo, contains="not valid", requests=2
     ),
-    "a tool without text": well(wanting("opaque"), echo, says="neither text nor JSON", asked=2),
-    "the same call again": ill(wanting(*CALLS), says="turns in circles", asked=5),
-    "tools without end": ill(
+    "an unknown tool": succeeds(wanting("divide"), echo, contains="no tool of that name", requests=2),
+    "a tool that hangs": succeeds(wanting("hang"), echo, contains="no result within 0.1 s", requests=2),
+    "a tool that raises": succeeds(wanting("burst"), echo, contains="OSError: the disk is on fire", requests=2),
+    "a tool that floods": succeeds(
+        wanting("flood"), lambda r: Reply(text=last_message(r)[-50:]), contains="1000000 char", requests=2
+    ),
+    "a tool without text": succeeds(wanting("opaque"), echo, contains="neither text nor JSON", requests=2),
+    "the same call again": fails(wanting(*CALLS), contains="turns in circles", requests=5),
+    "tools without end": fails(
         lambda r: wanting("add", f'{{"a": {len(r.messages)}, "b": 1}}'),
-        says="without an answer",
-        asked=4,
+        contains="without an answer",
+        requests=4,
         config={"max_steps": 4},
     ),
     # -- tokens
-    "more tokens than allowed": ill(
-        Reply(text="dear", usage=(900, 200)), says="1100 were used", code="budget_exceeded", ad={"token_budget": 1000}
-    ),
-    "tools beyond the tokens": ill(
-        lambda r: Reply(tool_calls=(("add", f'{{"a": {len(r.messages)}, "b": 1}}'),), usage=(300, 50)),
-        says="are spent",
+    "more tokens than allowed": fails(
+        Reply(text="dear", usage=(900, 200)),
+        contains="1100 were used",
         code="budget_exceeded",
-        asked=2,
+        ad={"token_budget": 1000},
+    ),
+    "tools beyond the tokens": fails(
+        lambda r: Reply(tool_calls=(("add", f'{{"a": {len(r.messages)}, "b": 1}}'),), usage=(300, 50)),
+        contains="are spent",
+        code="budget_exceeded",
+        requests=2,
         ad={"token_budget": 1000},
     ),
 }
 
 
 class Models:
-    """One server behind many models, each with a fault of its own; `which` tells them apart by what they are asked."""
+    """One server behind many models, each with a separate fault; `which` returns the fault for a request."""
 
     def __init__(self, faults: dict[str, Fault], which: Callable[[Request], str]) -> None:
         self.asked_at: dict[str, list[float]] = {name: [] for name in faults}
@@ -205,7 +216,7 @@ def by_number(request: Request) -> str:
 
 
 async def provider_for(url: str, patience_s: float = 30.0) -> OpenAIProvider:
-    """A provider that is connected: on first use openai's library holds up the event loop for a while."""
+    """A provider that is connected: on first use, openai's library blocks the event loop for a while."""
     provider = OpenAIProvider(AgentConfig(api_key="k", base_url=url, timeout_s=patience_s))
     await provider._client()
     return provider
@@ -231,7 +242,7 @@ class Cluster:
 async def cluster(
     nats_url: str, namespace: str, faults: dict[str, Fault], claims: Sequence[float] = (), **rooms: int
 ) -> AsyncIterator[Cluster]:
-    """The n-th fault is that of node `n<n>`, which claims `claims[n]` of the domain."""
+    """Node `n<n>` has the n-th fault, and rates itself `claims[n]` in the domain."""
     models = Models(faults, by_prompt)
     async with OpenAIServer(models.answer) as server, AsyncExitStack() as stack:
         providers = {}
@@ -264,9 +275,9 @@ async def test_every_fault_of_a_model_ends_the_task_as_it_should(nats_url: str, 
         name: (end.state, end.error.code if end.error else "", end.attempts, len(running.models.asked_at[name]))
         for name, end in ends.items()
     }
-    assert got == {name: (fault.state, fault.code, 1, fault.asked) for name, fault in FAULTS.items()}
+    assert got == {name: (fault.state, fault.code, 1, fault.requests) for name, fault in FAULTS.items()}
     for name, end in ends.items():
-        assert FAULTS[name].says in (end.error.message if end.error else end.content), name
+        assert FAULTS[name].contains in (end.error.message if end.error else end.content), name
         assert "<" not in (end.error.message if end.error else ""), name
         if FAULTS[name].retry_after_s is not None:
             assert end.error is not None
@@ -275,7 +286,7 @@ async def test_every_fault_of_a_model_ends_the_task_as_it_should(nats_url: str, 
 
 @pytest.mark.slow
 async def test_a_task_leaves_a_model_that_fails_for_one_that_does_not(nats_url: str, namespace: str) -> None:
-    faults = {"broken": ill(Reply(status=401), says=""), "whole": well(FINE, says="", asked=1)}
+    faults = {"broken": fails(Reply(status=401), contains=""), "whole": succeeds(FINE, contains="", requests=1)}
     async with cluster(nats_url, namespace, faults, claims=(0.9, 0.2)) as running:
         end = await running.run()
 
@@ -289,7 +300,7 @@ async def test_the_only_model_is_retried_after_its_retry_after_without_a_slot(
     monkeypatch.setattr(openai_provider, "PATIENCE_S", 0.1)
     busy = Reply(status=429, headers={"Retry-After": "2"})
     async with cluster(
-        nats_url, namespace, {"busy": well(busy, FINE, says="", asked=2)}, slots=1, backlog=0
+        nats_url, namespace, {"busy": succeeds(busy, FINE, contains="", requests=2)}, slots=1, backlog=0
     ) as running:
         asked_at = running.models.asked_at["busy"]
         first = asyncio.create_task(running.run())
@@ -306,18 +317,18 @@ async def test_the_only_model_is_retried_after_its_retry_after_without_a_slot(
 
 UNSURE = {"domain": "", "estimated_complexity": None}
 NO_ESTIMATE: dict[str, Fault] = {
-    "429 for long": ill(Reply(status=429, headers={"Retry-After": "3600"}), says="AgentFailed"),
-    "429 always": ill(Reply(status=429), says="AgentFailed"),
-    "500": ill(Reply(status=500), says="AgentFailed"),
-    "502 with a page": ill(Reply(status=502, body=PAGE), says="AgentFailed"),
-    "401": ill(Reply(status=401), says="AgentFailed"),
-    "dropped": ill(Reply(cut_after=0), says="AgentFailed"),
-    "silent": ill(Reply(delay_s=60), says=""),
-    "no choices": ill(Reply(no_choices=True), says="AgentFailed"),
-    "another form": ill(Reply(body="<html>Welcome!</html>"), says="AgentFailed"),
-    "prose": ill(Reply(text="I cannot tell."), says="could not be read"),
-    "half": ill(Reply(text='{"complexity": 0.5, "dom', finish_reason="length"), says="could not be read"),
-    "tools": ill(wanting("add"), says="could not be read"),
+    "429 for long": fails(Reply(status=429, headers={"Retry-After": "3600"}), contains="AgentFailed"),
+    "429 always": fails(Reply(status=429), contains="AgentFailed"),
+    "500": fails(Reply(status=500), contains="AgentFailed"),
+    "502 with a page": fails(Reply(status=502, body=PAGE), contains="AgentFailed"),
+    "401": fails(Reply(status=401), contains="AgentFailed"),
+    "dropped": fails(Reply(cut_after=0), contains="AgentFailed"),
+    "silent": fails(Reply(delay_s=60), contains=""),
+    "no choices": fails(Reply(no_choices=True), contains="AgentFailed"),
+    "another form": fails(Reply(body="<html>Welcome!</html>"), contains="AgentFailed"),
+    "prose": fails(Reply(text="I cannot tell."), contains="could not be read"),
+    "half": fails(Reply(text='{"complexity": 0.5, "dom', finish_reason="length"), contains="could not be read"),
+    "tools": fails(wanting("add"), contains="could not be read"),
 }
 
 
@@ -345,7 +356,7 @@ async def test_sense_uses_a_heuristic_when_its_model_fails(
     for name, spec in specs.items():
         assert (spec.method, spec.domains) == ("heuristic", ("general",)), name
         assert spec.note.startswith("the model could not be asked"), name
-        assert NO_ESTIMATE[name].says in spec.note, name
+        assert NO_ESTIMATE[name].contains in spec.note, name
 
 
 @pytest.mark.slow

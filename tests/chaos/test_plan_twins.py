@@ -64,7 +64,7 @@ async def divided(nats_url: str, namespace: str) -> AsyncIterator[DividedTask]:
 
 
 @pytest.mark.parametrize("until_running", [True, False], ids=["while subtasks run", "while they join"])
-async def test_a_copy_that_fails_undivided_leads_to_one_end_with_all_outputs(
+async def test_an_undivided_copy_that_fails_leads_to_one_end_with_all_outputs(
     divided: DividedTask, *, until_running: bool
 ) -> None:
     handle = await task_client.publish(divided.bus, divided.ad, deltas=False)

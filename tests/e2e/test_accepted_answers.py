@@ -1,4 +1,4 @@
-"""What an ad accepts reaches agents and models, and what surrounds a model's JSON does not fail it."""
+"""The `accept` of an ad reaches agents and models, and text around a model's JSON does not fail it."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ async def test_json_that_a_model_wraps_is_accepted(
     await provider.aclose()
 
 
-async def test_a_function_reads_what_is_accepted(phases: Bus) -> None:
+async def test_a_function_reads_the_accepted_answers(phases: Bus) -> None:
     async def serve(job: RunRequest) -> str:
         assert job.accept is not None
         return f"the answer has {job.accept.contains[0]}"

@@ -1,4 +1,4 @@
-"""Submitters in accounts of their own: a bare client needs no name, and reaches nothing of anybody else."""
+"""Submitters in separate accounts: a bare client needs no name, and reaches nothing of other submitters."""
 
 import asyncio
 import json
@@ -35,11 +35,11 @@ LATE_S = 3.5
 
 
 async def work(job: RunRequest) -> AsyncIterator[TextDelta]:
-    """An agent that is late where the description asks for it, and writes in two pieces."""
+    """An agent that writes in two pieces, and is late on request of the description."""
     yield TextDelta(text="done: ")
     if "late" in job.description:
         await asyncio.sleep(LATE_S)
-    if "for ever" in job.description:
+    if "endless" in job.description:
         await asyncio.Event().wait()
     yield TextDelta(text=job.description)
 
@@ -56,7 +56,7 @@ async def address(tmp_path: Path) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def cluster(url: str) -> AsyncIterator[None]:
-    """Run the phases and a node whose runs are not waited for at the end."""
+    """Run the phases and a node; the exit does not wait for its runs."""
     config = ClusterConfig(drain_timeout_s=0.1)
     nodes = [node("worker", work, code=0.9)]
     async with running_phases(url, config=config), running_nodes(url, lambda: nodes, drain_timeout_s=0.1):
@@ -72,15 +72,15 @@ class BareClient:
 
     def __init__(self, nc: Client) -> None:
         self.nc = nc
-        self.heard: list[tuple[str, Any]] = []
+        self.messages: list[tuple[str, Any]] = []
         self.errors: list[str] = []
 
     async def listen(self, *subjects: str) -> None:
-        async def hear(msg: Any) -> None:
-            self.heard.append((msg.subject, json.loads(msg.data) if msg.data else None))
+        async def on_message(msg: Any) -> None:
+            self.messages.append((msg.subject, json.loads(msg.data) if msg.data else None))
 
         for subject in subjects:
-            await self.nc.subscribe(subject, cb=hear)
+            await self.nc.subscribe(subject, cb=on_message)
         await self.nc.flush()
 
     async def ask(self, subject: str, body: Any = None) -> Any:
@@ -127,13 +127,15 @@ async def test_a_bare_client_in_an_account_gets_late_answers_deltas_and_results(
     await operator.listen("loom.result.*.*", "loom.delta.*.*", "loom.intake.>")
     result = await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "late"})
     assert (result["state"], result["content"]) == ("succeeded", "done: late")
-    await until(lambda: len([1 for subject, _ in ann.heard if ".result." in subject]) == 1, what="the result has come")
-    texts = [body["event"].get("text", "") for subject, body in ann.heard if subject == "loom.delta.public.t1"]
+    await until(
+        lambda: len([1 for subject, _ in ann.messages if ".result." in subject]) == 1, what="the result has come"
+    )
+    texts = [body["event"].get("text", "") for subject, body in ann.messages if subject == "loom.delta.public.t1"]
     assert "".join(texts) == "done: late"
-    assert ("loom.result.public.t1", result) in ann.heard
+    assert ("loom.result.public.t1", result) in ann.messages
     assert not ann.errors
-    assert not other.heard
-    assert {subject.split(".")[2] for subject, _ in operator.heard} == {"TEAM_A"}
+    assert not other.messages
+    assert {subject.split(".")[2] for subject, _ in operator.messages} == {"TEAM_A"}
     full = await ann.ask("loom.status.t1", {"full": True})
     assert full["record"]["envelope"]["submitter"] == "TEAM_A"
     assert "reply_to" not in full["record"]
@@ -141,7 +143,7 @@ async def test_a_bare_client_in_an_account_gets_late_answers_deltas_and_results(
 
 async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Clients) -> None:
     ann, other, operator = clients
-    ad = {"task_id": "t1", "domain": "code", "description": "for ever"}
+    ad = {"task_id": "t1", "domain": "code", "description": "endless"}
     assert (await ann.ask("loom.submit", {**ad, "wait": False}))["state"] == "accepted"
 
     async def running() -> bool:
@@ -156,8 +158,8 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
     body = {"ad": ad, "submission": "s1"}
     ack = await other.ask("loom.intake.public.normal.t1", body)  # straight into the intake, as a Runtime does
     assert ack["stream"] == "LOOM_INTAKE"
-    await until(lambda: bool(other.heard), what="the refusal has come")
-    [(subject, result)] = other.heard
+    await until(lambda: bool(other.messages), what="the refusal has come")
+    [(subject, result)] = other.messages
     assert (subject, result["state"], result["error"]["code"]) == ("loom.result.public.t1", "failed", "invalid_task")
     assert await running()
     assert (await operator.ask("loom.status.t1"))["state"] == "running"  # by the plain subject, in LOOM itself
@@ -166,9 +168,9 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
 
 async def test_a_reply_subject_from_an_account_is_not_a_command_in_the_cluster(clients: Clients) -> None:
     ann, other, operator = clients
-    assert (
-        await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "for ever", "wait": False})
-    )["state"] == "accepted"
+    assert (await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "endless", "wait": False}))[
+        "state"
+    ] == "accepted"
     await operator.listen("_INBOX.victim.>")
     ad = {"task_id": "t2", "domain": "code", "description": "x"}
     for reply in (
@@ -188,7 +190,7 @@ async def test_a_reply_subject_from_an_account_is_not_a_command_in_the_cluster(c
     for task_id in ("t2", "t3"):
         await until(lambda task_id=task_id: ended(task_id), what=f"{task_id} has ended")  # type: ignore[misc]
     assert (await ann.ask("loom.status.t1"))["state"] in ("accepted", "running")
-    results = [body for subject, body in operator.heard if subject.startswith("_INBOX.victim")]
+    results = [body for subject, body in operator.messages if subject.startswith("_INBOX.victim")]
     assert all(body["task_id"] == "t3" for body in results)  # what a stored submission asks for, in LOOM's own inboxes
 
 
@@ -203,13 +205,13 @@ async def test_a_submitter_may_publish_nothing_else(clients: Clients) -> None:
     )
     for subject in forbidden:
         await ann.nc.publish(subject, b"{}")
-        await other.nc.publish(subject, b"{}")  # free in its own account, where nobody listens
+        await other.nc.publish(subject, b"{}")  # free in its own account, without a subscriber
     for one in (ann, other):
         await one.nc.flush()
     await until(lambda: len(ann.errors) == len(forbidden), what="every publish is refused")
     assert all("permissions violation" in error.lower() for error in ann.errors)
     await operator.nc.flush()
-    assert not [subject for subject, _ in operator.heard if subject in forbidden]
+    assert not [subject for subject, _ in operator.messages if subject in forbidden]
 
 
 def test_a_server_refuses_an_import_under_the_name_of_another_account(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ async def test_a_runtime_in_an_account_needs_no_name_and_no_more_permissions_tha
     monkeypatch.setenv("NATS_URL", url_of("TEAM_A", address))
     async with Runtime() as rt:
         assert await rt.submit({"domain": "code", "description": "sort"}) == "done: sort"
-        handle = await rt.publish({"domain": "code", "description": "for ever"})
+        handle = await rt.publish({"domain": "code", "description": "endless"})
         assert (await handle.cancel()).state == "cancelled"
     refused = [record.getMessage() for record in caplog.records if "ermissions" in record.getMessage()]
     assert not refused
@@ -240,7 +242,7 @@ async def test_a_runtime_in_an_account_needs_no_name_and_no_more_permissions_tha
 
 @pytest.fixture(scope="session")
 def javascript_client() -> Path:
-    """`client.mjs` beside the one package it needs."""
+    """`client.mjs` next to its one package."""
     folder = javascript_folder()
     shutil.copy(EXAMPLES / "client.mjs", folder / "client.mjs")
     return folder / "client.mjs"
@@ -273,7 +275,7 @@ async def test_an_example_client_prints_the_text_and_the_result(
 async def test_an_example_client_reads_the_address_from_the_environment_and_cancels(
     address: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    async with command(tmp_path, *words, "for ever", NATS_URL=url_of("TEAM_B", address)) as client:
+    async with command(tmp_path, *words, "endless", NATS_URL=url_of("TEAM_B", address)) as client:
         await client.wait_for_output("done: ")
         ended = await client.end(signal.SIGINT)
     assert ended.code == 1, ended.err

@@ -52,7 +52,7 @@ async def events_of(loop: AmoebaLoop, text: str) -> list[LoopEvent]:
     return [event async for event in loop.execute(LoopContext(messages=[UserMessage(text)], domain="code"))]
 
 
-async def test_text_steps_and_tools_come_in_order_and_done_comes_last(
+async def test_text_steps_and_tools_are_streamed_in_order_and_done_is_last(
     phases: Bus, model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     @tool
@@ -111,7 +111,7 @@ async def test_a_failed_task_ends_with_an_error_and_done(phases: Bus, provider: 
     assert done.content == ""
 
 
-async def test_an_agent_set_later_takes_the_next_task(phases: Bus, provider: OpenAIProvider) -> None:
+async def test_an_agent_set_later_runs_the_next_task(phases: Bus, provider: OpenAIProvider) -> None:
     empty = AgentNode(id="coder", capabilities=CapabilityProfile(scores={"code": 0.9}))
     loop = loop_over(provider, empty)
     async with loop:
@@ -151,7 +151,7 @@ RUN = (("begun", None), ("ended", "coder"))
 async def test_the_parts_of_a_divided_task_are_reported_at_start_and_end(
     on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
-    """The model of the phases says the task is hard, and how to divide it."""
+    """The model of the phases rates the task as hard, and divides it."""
     model.script(
         Reply(text=json.dumps({"complexity": 0.9, "domains": ["code"]})),
         Reply(text=f"Here is my plan: {json.dumps(PLAN)}"),
@@ -168,9 +168,9 @@ async def test_the_parts_of_a_divided_task_are_reported_at_start_and_end(
     await provider.aclose()
 
     parts = [event for event in events if isinstance(event, SubtaskEvent)]
-    told = [(part.subtask, part.state, part.node_id) for part in parts]
-    assert sorted(told[:4]) == [(id_, *of) for id_ in ("left", "right") for of in RUN]
-    assert told[4:] == [("both", *of) for of in RUN]
+    reported = [(part.subtask, part.state, part.node_id) for part in parts]
+    assert sorted(reported[:4]) == [(id_, *of) for id_ in ("left", "right") for of in RUN]
+    assert reported[4:] == [("both", *of) for of in RUN]
     assert [event.type for event in events[:2]] == ["subtask", "subtask"]
     assert len({part.child_id for part in parts}) == 3
     *_, done = events

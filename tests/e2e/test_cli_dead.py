@@ -1,4 +1,4 @@
-"""`loom dead`: what an operator sees of messages that could not be handled, and what may be done with them."""
+"""`loom dead`: the list, display, retry and removal of messages that could not be handled."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ AD = TaskAd(task_id="t3", description=EVIL, domain="code", context={"n": 1})
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """One whose phases have met rubbish, something large, a task that skipped a phase, and a subtask."""
+    """A cluster with dead letters: garbage, a large message, a task that skipped a phase, and a subtask."""
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", [node("n", echo, code=0.9)]) as cluster:
         cluster.do(_poison(cluster))
         yield cluster
@@ -53,7 +53,7 @@ async def _poison(cluster: Cluster) -> None:
 
 
 def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
-    """An envelope that reaches SCALE without what MATCH leaves."""
+    """An envelope that reaches SCALE without the award of MATCH."""
     hops = tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in ("sense", "match"))
     return encode(Envelope(ad=ad, deadline=cluster.bus.clock.now() + 60, hops=hops))  # type: ignore[arg-type]  # phases all of them
 
@@ -78,9 +78,9 @@ def test_letters_are_listed_newest_last(here: Cluster, loom: Loom) -> None:
         ("3", "scale", "t3", "1", rows[3][5]),
         ("4", "execute", "t4", "1", rows[4][5]),
     ]
-    told = [json.loads(line) for line in loom("dead ls --json --limit 2").out.splitlines()]
-    assert [(one["seq"], one["phase"], one["deliveries"]) for one in told] == [(3, "scale", 1), (4, "execute", 1)]
-    assert "raw" not in told[0]
+    printed = [json.loads(line) for line in loom("dead ls --json --limit 2").out.splitlines()]
+    assert [(one["seq"], one["phase"], one["deliveries"]) for one in printed] == [(3, "scale", 1), (4, "execute", 1)]
+    assert "raw" not in printed[0]
 
 
 def test_a_letter_of_json_is_shown_with_its_trail_and_its_fields(here: Cluster, loom: Loom) -> None:
@@ -124,11 +124,11 @@ def test_every_view_fits_its_width_and_steers_no_terminal(
 def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(here: Cluster, loom: Loom) -> None:
     letter = here.do(_one_more(here))  # the other tests look at the first four
     ended = loom(f"dead retry {letter.seq}")
-    said = re.fullmatch(rf"letter {letter.seq} submitted again as task ([0-9a-f]{{32}})\n", ended.out)
-    assert said, ended
+    submitted = re.fullmatch(rf"letter {letter.seq} submitted again as task ([0-9a-f]{{32}})\n", ended.out)
+    assert submitted, ended
 
     async def done() -> TaskRecord:
-        return await until(lambda: _ended(here, said[1]), within_s=20, what="the new task has ended")
+        return await until(lambda: _ended(here, submitted[1]), within_s=20, what="the new task has ended")
 
     record = here.do(done())
     assert (record.state, record.envelope.ad.context) == ("succeeded", {"n": 1})
@@ -152,7 +152,7 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("dead retry 1", 1, "dead_letter: letter 1 holds no task that can be read"),
         ("dead retry 2", 1, "dead_letter: letter 2 holds no task that can be read (its bytes were cut)"),
@@ -171,9 +171,9 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
     ],
 )
 def test_an_impossible_command_is_refused_in_one_line(
-    line: str, code: int, said: str, here: Cluster, loom: Loom
+    line: str, code: int, message: str, here: Cluster, loom: Loom
 ) -> None:
-    is_refused(loom, line, code, said)
+    is_refused(loom, line, code, message)
 
 
 @pytest.mark.slow
@@ -200,11 +200,11 @@ def test_doctor_counts_letters_until_they_are_dropped(
 def test_each_command_reports_missing_phases_or_a_missing_server(
     here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+    monkeypatch.setenv("LOOM_NAMESPACE", "unused")
     for line in ("dead ls", "dead show 1", "dead retry 1", "dead rm 1"):
         ended = loom(line)
         assert (ended.code, ended.out) == (3, ""), line
-        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace unused"), line
 
 
 def test_dead_without_a_command_lists_its_commands(loom: Loom) -> None:

@@ -1,4 +1,4 @@
-"""What operators look at, on one cluster: what it says, at any width, piped, and with nothing there."""
+"""The views of the command line on one cluster: their text at any width, piped, and on an empty cluster."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ async def endless(job: RunRequest) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """One that has done a task at the second try and another with a long id, and is at an endless one."""
+    """A cluster with a task done at the second attempt, one with a long id, and an endless running one."""
     nodes = [node("good", echo, loud=0.8), node("bad", fail, loud=0.9), node("slow", endless, loud=0.01)]
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", nodes) as cluster:
         cluster.do(_work(cluster))
@@ -66,7 +66,7 @@ async def _work(cluster: Cluster) -> None:
 
 
 async def _begin(cluster: Cluster, task_id: str) -> None:
-    """Hand in a task that does not end, and wait until it runs."""
+    """Submit an endless task, and wait until it runs."""
 
     async def runs() -> bool:
         record = await handle.record()
@@ -106,7 +106,7 @@ def test_a_task_is_shown_from_submission_to_result(here: Cluster, loom: Loom) ->
     hops = [line.split() for line in out.partition("Hops")[2].partition("Bids")[0].splitlines()[2:] if line.strip()]
     assert [(hop[2], hop[3]) for hop in hops] == [
         (phase, attempt)
-        for attempt, phases in (("1", "sense match scale execute evaluate"), ("2", "match scale execute evaluate"))
+        for attempt, phases in (("1", "sense match execute evaluate"), ("2", "match execute evaluate"))
         for phase in phases.split()
     ]
     assert re.search(r"good +0\.80 +- +0 +0\.80 +0\.00 +0\.\d\d +1\.00 +0\.\d\d", out)
@@ -134,7 +134,7 @@ def test_a_record_is_printed_whole_and_found_by_its_first_digits(here: Cluster, 
     assert record.task_id == HEX
     assert record.envelope.hops
     running = decode(loom("task show going --json").out.encode(), TaskRecord)
-    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match", "scale"]
+    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match"]
 
 
 def test_tasks_are_listed_newest_first_and_filtered_by_their_facts(here: Cluster, loom: Loom) -> None:
@@ -149,9 +149,9 @@ def test_tasks_are_listed_newest_first_and_filtered_by_their_facts(here: Cluster
     assert listed("--domain loud") == listed("--label tenant=acme") == [HEX, "t1"]
     assert listed("--label tenant=acme --label at=t1") == ["t1"]
     assert listed("--label tenant=") == []
-    assert listed("--node nobody") == []
+    assert listed("--node unknown") == []
     assert re.search(r"01234567 +succeeded +loud +good ", loom("task ls").out)
-    assert loom("task ls --node nobody").out == "no such task among those of the last 72 hours\n"
+    assert loom("task ls --node unknown").out == "no such task among those of the last 72 hours\n"
 
 
 PLAN = [
@@ -182,15 +182,15 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
             entry = await cluster.bus.bucket("plans", SplitPlan).get("report")
             return entry is not None and [part.state for part in entry.value.subtasks][1:3] == ["succeeded", "running"]
 
-        ad = TaskAd(task_id="report", domain="code", description="tell it all", context={"plan": PLAN})
+        ad = TaskAd(task_id="report", domain="code", description="report it all", context={"plan": PLAN})
         handle = cluster.do(task_client.publish(cluster.bus, ad))
         cluster.do(until(divided, within_s=15, what="one part runs"))
         running = re.sub(" +\n", "\n", loom("task show report").out)
         listed = loom("task ls").out
         opened.set()
         result = cluster.do(handle.result(15))
-        ended, told = loom("task show report").out, json.loads(loom("task show report --json").out)
-        child = loom(f"task show {told['plan']['subtasks'][3]['child_id']}").out
+        ended, printed = loom("task show report").out, json.loads(loom("task show report --json").out)
+        child = loom(f"task show {printed['plan']['subtasks'][3]['child_id']}").out
         closed = loom("task ls").out
         whole = cluster.do(
             task_client.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True}))
@@ -198,17 +198,17 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
         cluster.do(whole.result(15))
         undivided = loom("task show one").out
 
-    assert result.content == "tell it all after top, left, right, end"
+    assert result.content == "report it all after top, left, right, end"
     assert re.match(r"report  running for .*, divided, 2 of 4 subtasks done, \d+ s left", running)
     assert re.search(r"├─ top +succeeded +(ann|bob) .* read\n", running)
     assert re.search(r"├─ right +running +(ann|bob) .* top .* block\n", running)
     assert re.search(r"└─ end +waiting +left, right +close\n", running)
     assert re.search(r"running .* report/right: block", listed)
     assert re.search(r"4 of 4 subtasks done", ended)
-    assert [part["state"] for part in told["plan"]["subtasks"]] == ["succeeded"] * 4
-    assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
+    assert [part["state"] for part in printed["plan"]["subtasks"]] == ["succeeded"] * 4
+    assert decode(json.dumps(printed).encode(), TaskRecord).task_id == "report"
     assert "subtask end of report" in child
-    assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
+    assert re.search(r"report +succeeded .* \(4 subtasks\) report it all", closed)
     assert "not divided: no model is configured to plan" in undivided
     assert "subtasks done" not in undivided
 
@@ -238,7 +238,7 @@ def test_the_reward_of_a_person_is_listed(here: Cluster, loom: Loom) -> None:
     last = decode(loom("reward ls --node good --domain loud --limit 1 --json").out.encode(), Reward)
     assert (last.task_id, last.score, last.source, last.reason) == (HEX, 0.4, "person", "dull")
     assert re.search(r"0\.00  bad +loud +t1  by rules: agent_failed\n", loom("reward ls").out)
-    assert loom("reward ls --node nobody").out == "no such rewards\n"
+    assert loom("reward ls --node unknown").out == "no such rewards\n"
     assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task show {HEX}").out)
 
 
@@ -253,8 +253,8 @@ def test_a_rebuild_confirms_correct_profiles_and_repairs_wrong_ones(here: Cluste
     assert spoilt.code == 1
     assert re.search(r"bad +7 1\.00 +1 0\.00 +\d+ +stored otherwise", spoilt.out)
     assert "--write" in spoilt.out
-    told = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
-    assert {one["node_id"]: one["written"] for one in told} == {"bad": True, "good": False}
+    printed = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
+    assert {one["node_id"]: one["written"] for one in printed} == {"bad": True, "good": False}
     assert loom("reward rebuild").code == 0
 
 
@@ -302,7 +302,7 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("task show nosuch", 1, "unknown_task: no task nosuch is known"),
         ("task show 01234560", 1, "unknown_task: no task 01234560 is known"),
@@ -318,9 +318,9 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
     ],
 )
 def test_an_impossible_command_is_refused_in_one_line(
-    line: str, code: int, said: str, here: Cluster, loom: Loom
+    line: str, code: int, message: str, here: Cluster, loom: Loom
 ) -> None:
-    is_refused(loom, line, code, said)
+    is_refused(loom, line, code, message)
 
 
 COMMANDS = (
@@ -338,11 +338,11 @@ COMMANDS = (
 def test_every_command_reports_that_no_phases_have_run(
     here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+    monkeypatch.setenv("LOOM_NAMESPACE", "unused")
     for line in COMMANDS:
         ended = loom(line)
         assert (ended.code, ended.out) == (3, ""), line
-        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace unused"), line
 
 
 @pytest.mark.slow
@@ -394,7 +394,7 @@ async def _publish(cluster: Cluster, ad: TaskAd) -> None:
 
 
 async def _is_known(cluster: Cluster, task_id: str) -> bool:
-    """Whether MATCH has the task."""
+    """Return whether the task is at MATCH."""
     state = (
         await cluster.bus.jetstream.api(
             f"STREAM.INFO.{cluster.bus.subjects.stream('TASKS')}", {"subjects_filter": f"*.*.match.*.{task_id}"}

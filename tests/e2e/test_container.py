@@ -30,7 +30,7 @@ PATIENCE_S = 20.0
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image of the server found here: static, so that nothing has to be pulled."""
+    """An image of the local server binary, which is static; nothing is pulled."""
     docker = pytest.importorskip("docker")
     try:
         client = docker.from_env()
@@ -112,9 +112,7 @@ def run_a_task(url: str) -> TaskResult:
     return asyncio.run(run())
 
 
-def test_both_compose_files_run_side_by_side_and_the_cluster_grows_without_one_of_its_servers(
-    images: None, tmp_path: Path
-) -> None:
+def test_both_compose_files_run_together_and_the_cluster_grows_without_one_server(images: None, tmp_path: Path) -> None:
     with started("compose.yaml", tmp_path) as single, started("compose.cluster.yaml", tmp_path) as cluster:
         for project in (single, cluster):
             assert run_a_task(project.url).success

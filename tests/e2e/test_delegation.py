@@ -1,4 +1,4 @@
-"""Agents that have other agents do part of their work."""
+"""Agents that delegate part of their work to other agents."""
 
 import asyncio
 from collections import Counter
@@ -84,7 +84,7 @@ async def cluster(on_bus: tuple[str, str]) -> Any:
 
 
 async def pass_on(job: RunRequest) -> str:
-    """Do what is left of `depth`: delegate a part with one less, twice at once."""
+    """Delegate two concurrent parts with a depth lower by one, until the depth is 0."""
     left = int(job.description.rsplit(" ", 1)[1])
     if not left:
         return "leaf"
@@ -126,7 +126,7 @@ def two() -> int:
 
 
 class Boss:
-    """A model that does nothing others ask for."""
+    """A model that fails delegated work."""
 
     def __init__(self, model: Agent) -> None:
         self.model = model
@@ -139,7 +139,7 @@ class Boss:
 
 async def expert(job: RunRequest) -> str:
     if "fly" in job.description:
-        raise SubtaskFailed("nobody can fly")
+        raise SubtaskFailed("no agent can fly")
     return "an expert's four"
 
 
@@ -154,10 +154,10 @@ async def test_a_model_delegates_by_a_tool_and_a_failure_is_a_tool_error(
     handle = await cluster.submit("do both", node_id="boss", token_budget=5000)
     result = await handle.result(WITHIN_S)
     assert (result.content, result.prompt_tokens, result.completion_tokens) == ("four, and we cannot fly", 300, 50)
-    told = [message["content"] for message in model.requests[-1].body["messages"] if message["role"] == "tool"]
-    assert told[0] == "an expert's four"
+    tool_results = [message["content"] for message in model.requests[-1].body["messages"] if message["role"] == "tool"]
+    assert tool_results[0] == "an expert's four"
     # The expert reports `subtask_failed` without a delegation of its own: that is the agent's failure.
-    assert told[1].startswith("Error: SubtaskFailed: delegated work failed: agent_failed: ")
+    assert tool_results[1].startswith("Error: SubtaskFailed: delegated work failed: agent_failed: ")
     children = await cluster.children(handle.task_id)
     assert {(each.envelope.ad.description, each.envelope.ad.domain, each.state) for each in children} == {
         ("two and two", "math", "succeeded"),
@@ -168,7 +168,7 @@ async def test_a_model_delegates_by_a_tool_and_a_failure_is_a_tool_error(
 
 
 class Spender:
-    """Delegates one part with half of what there is, and takes tokens of its own."""
+    """Delegates one part with half of the budget, and uses tokens itself."""
 
     async def stream(self, job: RunRequest) -> AsyncIterator[AgentEvent]:
         content = "part"
@@ -191,7 +191,7 @@ async def test_tokens_of_delegated_work_count_against_the_task(
 
 
 class Sleepers:
-    """Agents of which the first delegates a part, and whoever gets that takes for ever, or until `wake`."""
+    """Agents of which the first delegates a part; the agent of that part sleeps until `wake`."""
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()

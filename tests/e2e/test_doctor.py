@@ -1,4 +1,4 @@
-"""`loom doctor`: what it finds, what it advises, and how it ends."""
+"""`loom doctor`: its findings, its advice, and its exit codes."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def nodes() -> list[AgentNode]:
 
 
 def troubles(findings: list[Finding]) -> dict[str, str]:
-    """About -> what is said, of all that is not well; each comes with advice."""
+    """Return the findings that are not ok, by subject; each has advice."""
     wrong = [finding for finding in findings if finding.mark != "ok"]
     assert all(finding.todo for finding in wrong)
     assert not any(finding.todo for finding in findings if finding.mark == "ok")
@@ -56,18 +56,18 @@ def troubles(findings: list[Finding]) -> dict[str, str]:
 
 
 @pytest.mark.slow
-async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, client: Bus, tmp_path: Path) -> None:
+async def test_a_healthy_cluster_has_only_good_findings(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     url, namespace = on_bus
     where = {"NATS_URL": url, "LOOM_NAMESPACE": namespace}
     async with running_phases(url, namespace=namespace), running_nodes(url, nodes, namespace=namespace):
         assert troubles(await examine(client, ClusterConfig())) == {}
         assert troubles(await examine_here(client)) == {}
-        told, here = await asyncio.gather(
+        remote, here = await asyncio.gather(
             loom(tmp_path, "doctor", "--json", **where), loom(tmp_path, "doctor", "--here", **where)
         )
 
-    assert (told.code, told.err, here.code) == (0, "", 0)
-    seen = [msgspec.convert(json.loads(line), Finding) for line in told.out.splitlines()]
+    assert (remote.code, remote.err, here.code) == (0, "", 0)
+    seen = [msgspec.convert(json.loads(line), Finding) for line in remote.out.splitlines()]
     assert [finding.about for finding in seen] == [
         *("server", "jetstream", "clock", "streams", "storage"),
         *(f"phase {phase}" for phase in PHASES),
@@ -200,8 +200,8 @@ async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus:
         await client.sync_clock()
         found = [finding.message for finding in await examine(client, ClusterConfig()) if finding.about == "clock"]
 
-    plain = [re.sub(r"\(.*\) on \S+", "", says) for says in found[1:]]
-    assert [re.sub(r"\d+\.\d\d", lambda number: f"{float(number[0]):.0f}", says) for says in plain] == [
+    plain = [re.sub(r"\(.*\) on \S+", "", text) for text in found[1:]]
+    assert [re.sub(r"\d+\.\d\d", lambda number: f"{float(number[0]):.0f}", text) for text in plain] == [
         f"{namespace}-match  is 3600 s ahead of the server's time in its decisions",
         f"{namespace}-node  is 5 s behind the server's time in its decisions",
     ]

@@ -35,29 +35,29 @@ CONFIG = ClusterConfig(idle_timeout_s=1.0)
 
 
 class Census:
-    """What the hosts say of themselves: how many nodes each has now, and had at most."""
+    """Counts the nodes of each host from its announcements: the current number and the peak."""
 
     def __init__(self) -> None:
         self.now: dict[str, int] = {}
-        self.most: Counter[str] = Counter()
-        self.told: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.events: Counter[str] = Counter()
         """Lifecycle events by kind."""
 
     async def start(self, bus: Bus) -> None:
-        await bus.connection.subscribe(bus.subjects.of("host", "*", "*"), self._note)
-        await bus.connection.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), self._tell)
+        await bus.connection.subscribe(bus.subjects.of("host", "*", "*"), self._on_announcement)
+        await bus.connection.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), self._on_lifecycle)
 
-    async def _note(self, msg: Msg) -> None:
+    async def _on_announcement(self, msg: Msg) -> None:
         host_id, nodes = host_in(msg.subject).host_id, decode(msg.data, HostAnnouncement).nodes
         self.now[host_id] = len(nodes)
-        self.most[host_id] = max(self.most[host_id], len(nodes))
+        self.peak[host_id] = max(self.peak[host_id], len(nodes))
 
-    async def _tell(self, msg: Msg) -> None:
-        self.told[decode(msg.data, Lifecycle).kind] += 1
+    async def _on_lifecycle(self, msg: Msg) -> None:
+        self.events[decode(msg.data, Lifecycle).kind] += 1
 
 
 class Burst:
-    """Keeps so many tasks in the loop until it is told to stop."""
+    """Keeps a number of tasks in the loop until `over` is set."""
 
     def __init__(self, bus: Bus) -> None:
         self.results: list[TaskResult] = []
@@ -114,8 +114,8 @@ async def test_a_burst_grows_two_hosts_to_their_limits_and_quiet_shrinks_them_ag
         await until(lambda: census.now == alone, within_s=WITHIN_S, what=f"both have shrunk: {census.now}")
         after = await (await task_client.publish(bus, TaskAd(description="one more", domain="code"))).result(WITHIN_S)
     assert after.success
-    assert census.most == limits
-    assert (census.told["spawned"], census.told["retired"]) == (3, 3)
+    assert census.peak == limits
+    assert (census.events["spawned"], census.events["retired"]) == (3, 3)
     assert [result.error for result in burst.results if not result.success] == []
     assert {result.node_id for result in burst.results} == {"a", "a-c1", "a-c2"}
     assert set(agent.runs.values()) == {1}

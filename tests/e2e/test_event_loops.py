@@ -63,7 +63,7 @@ async def first_of(stream: Any) -> Any:
     return await anext(stream)
 
 
-async def test_calls_from_another_loop_are_refused_and_the_open_session_goes_on(
+async def test_calls_from_another_loop_are_refused_and_the_open_session_continues(
     on_bus: tuple[str, str], phases: Bus
 ) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()

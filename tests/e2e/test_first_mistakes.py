@@ -1,4 +1,4 @@
-"""The mistakes of a first hour with Python, each answered by one sentence on what to write instead."""
+"""The mistakes of a first hour with Python, each answered by one sentence with the fix."""
 
 import re
 from collections.abc import Callable
@@ -149,7 +149,7 @@ def test_a_capability_given_as_a_dict_is_accepted() -> None:
     assert node.capabilities.scores == {"code": 0.9}
 
 
-HANDING_IN: dict[str, tuple[Any, str]] = {
+WRONG_TASKS: dict[str, tuple[Any, str]] = {
     "a number": (5, "a int is not a task: give a TaskAd, a dict of its fields, or a text"),
     "an empty text": ("", "description is empty: describe the work"),
     "a misspelt key": ({"descripton": "x"}, "unknown field `descripton`; did you mean `description`?"),
@@ -186,7 +186,7 @@ async def test_a_mistake_in_a_task_is_answered_by_its_submit() -> None:
     rt = Runtime()
     rt.add_agent(lambda text: text, name="worker")
     async with rt:
-        for mistake, (task, sentence) in HANDING_IN.items():
+        for mistake, (task, sentence) in WRONG_TASKS.items():
             with pytest.raises(InvalidTask) as caught:
                 await rt.submit(task)
             assert caught.value.message == sentence, mistake
@@ -232,7 +232,7 @@ async def test_an_answer_that_is_not_accepted_is_an_error_that_has_it() -> None:
     assert caught.value.partial == "add it up"
 
 
-def test_a_forgotten_await_is_pythons_own_warning_and_the_docstring_names_the_way_without() -> None:
+def test_a_forgotten_await_gives_pythons_warning_and_the_docstring_names_the_sync_way() -> None:
     with pytest.warns(RuntimeWarning, match="'Runtime.submit' was never awaited"):
         str(Runtime().submit("hello"))
     assert "submit_sync" in (Runtime.submit.__doc__ or "").splitlines()[0]
@@ -246,13 +246,13 @@ NODE_FILES = {
 
 
 @pytest.mark.parametrize("source", NODE_FILES)
-def test_a_file_without_nodes_is_answered_with_what_it_needs(source: str, tmp_path: Path) -> None:
+def test_a_file_without_nodes_is_refused_with_its_requirements(source: str, tmp_path: Path) -> None:
     file = tmp_path / "agents.py"
     file.write_text(source)
     with pytest.raises(InvalidFile, match=re.escape(NODE_FILES[source])):
         load_node_file(file)
 
 
-def test_a_node_in_place_of_an_agent_is_answered_with_where_it_goes() -> None:
+def test_a_node_in_place_of_an_agent_is_refused_with_the_right_call() -> None:
     with pytest.raises(LoomError, match=r"is a node already: add it by rt.cluster.add_node\(node\)"):
         Runtime().add_agent(AgentNode(agent=lambda text: text))

@@ -1,4 +1,4 @@
-"""A process that forks while it uses a Runtime: parent and child go on without each other's sockets."""
+"""A process that forks while it uses a Runtime: parent and child continue without each other's sockets."""
 
 import asyncio
 import multiprocessing
@@ -234,7 +234,7 @@ PROGRAM = """
 
 
 @pytest.mark.slow
-def test_a_child_that_exits_as_programs_do_leaves_the_parents_server_and_sockets_alone() -> None:
+def test_a_child_that_exits_normally_leaves_the_parents_server_and_sockets_open() -> None:
     assert (
         script(
             PROGRAM

@@ -1,4 +1,4 @@
-"""A Runtime inside a user's program: what belongs to the program stays as it is."""
+"""A Runtime inside a user's program: the global state of the program stays unchanged."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ def _logs() -> Iterator[None]:
 
 
 def globals_of_the_process() -> dict[str, Any]:
-    """What a library could change for the whole process."""
+    """Return the state that a library could change for the whole process."""
     structure = structlog.get_config()
     return {
         "structlog": (structlog.is_configured(), {**structure, "processors": list(structure["processors"])}),
@@ -36,7 +36,7 @@ def globals_of_the_process() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("level", ["", "debug"])
-async def test_a_runtime_leaves_everything_global_to_its_program(
+async def test_a_runtime_does_not_change_global_state_of_its_program(
     level: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
@@ -45,7 +45,7 @@ async def test_a_runtime_leaves_everything_global_to_its_program(
     before = globals_of_the_process()
 
     async def agent(_description: str) -> str:
-        mine.info("said by the agent")
+        mine.info("logged by the agent")
         return "ok"
 
     runtime = Runtime()
@@ -53,13 +53,13 @@ async def test_a_runtime_leaves_everything_global_to_its_program(
     async with runtime:
         assert globals_of_the_process() == before
         assert await runtime.submit(TaskAd(description="x")) == "ok"
-        mine.info("said meanwhile")
-    mine.info("said afterwards")
+        mine.info("logged meanwhile")
+    mine.info("logged afterwards")
 
     assert globals_of_the_process() == before
-    said = capsys.readouterr()
-    assert all(f"said {when}" in said.out for when in ("by the agent", "meanwhile", "afterwards"))
-    assert ("phases_started" in said.err) is (level == "debug")
+    output = capsys.readouterr()
+    assert all(f"logged {when}" in output.out for when in ("by the agent", "meanwhile", "afterwards"))
+    assert ("phases_started" in output.err) is (level == "debug")
 
 
 async def test_a_program_that_logs_by_the_standard_library_gets_the_lines_of_loom(

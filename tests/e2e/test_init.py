@@ -1,4 +1,4 @@
-"""`loom init`: what it creates, what it deletes, and what it refuses; the refusal of `loom up` and `loom phase run`."""
+"""`loom init`: its created and deleted streams, and its refusals; the refusals of `loom up` and `loom phase run`."""
 
 import asyncio
 import signal
@@ -36,7 +36,7 @@ async def in_thread(loom: Loom, line: str) -> Ended:
     return Ended(*await asyncio.to_thread(loom, line))
 
 
-async def test_it_creates_everything_once_and_prints_it(loom: Loom, client: Bus) -> None:
+async def test_init_creates_everything_once_and_prints_it(loom: Loom, client: Bus) -> None:
     first = await in_thread(loom, "init")
     names = [str(one["name"]) for one in topology.streams(client, CONFIG)]
     made = [*names, *(lane.name for lane in topology.LANES)]
@@ -72,7 +72,7 @@ async def test_streams_of_another_version_are_refused_until_they_are_reset(loom:
     assert (await in_thread(loom, "init")).code == 0
 
 
-def test_a_reset_without_a_terminal_wants_to_be_confirmed(loom: Loom, on_bus: Where) -> None:
+def test_a_reset_without_a_terminal_needs_confirmation(loom: Loom, on_bus: Where) -> None:
     is_refused(loom, "init --reset", 2, "bad_usage: Invalid value for --reset: deletes all tasks")
 
 

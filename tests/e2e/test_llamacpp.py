@@ -135,7 +135,7 @@ async def test_an_answer_is_held_to_a_schema(provider: OpenAIProvider) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_tools_called_in_one_round_run_side_by_side(provider: OpenAIProvider, stream: bool) -> None:
+async def test_tools_called_in_one_round_run_concurrently(provider: OpenAIProvider, stream: bool) -> None:
     both = asyncio.Barrier(2)
 
     @tool
@@ -166,7 +166,9 @@ async def test_tools_called_in_one_round_run_side_by_side(provider: OpenAIProvid
     assert not done.usage.estimated
 
 
-async def test_a_call_cut_by_the_token_limit_fails_alone_and_the_conversation_goes_on(provider: OpenAIProvider) -> None:
+async def test_a_call_cut_by_the_token_limit_fails_alone_and_the_conversation_continues(
+    provider: OpenAIProvider,
+) -> None:
     noted = []
 
     @tool
@@ -213,7 +215,7 @@ async def test_reasoning_is_kept_apart_from_the_answer(provider: OpenAIProvider,
         Accept(json_schema={"type": "object", "required": ["size"]}),
     ],
 )
-async def test_a_model_that_reasons_calls_a_tool_and_goes_on(provider: OpenAIProvider, accept: Accept | None) -> None:
+async def test_a_reasoning_model_calls_a_tool_and_continues(provider: OpenAIProvider, accept: Accept | None) -> None:
     chosen = []
 
     @tool
@@ -250,7 +252,7 @@ async def test_a_question_longer_than_the_context_fails_with_the_servers_reason(
         await agent.run(job("[hello]" + "x" * 5000))
 
 
-async def test_a_server_that_dies_in_the_middle_of_an_answer_is_a_failure_with_what_it_wrote(
+async def test_a_server_that_dies_during_an_answer_is_a_failure_with_the_partial_text(
     server: LlamaServer, provider: OpenAIProvider
 ) -> None:
     agent = Agent(provider, AgentConfig(max_tokens=100_000))

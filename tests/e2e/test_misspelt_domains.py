@@ -1,4 +1,4 @@
-"""A misspelt domain, as Python and the command line see it."""
+"""A misspelt domain, in Python and on the command line."""
 
 import secrets
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the phases ask a model on behalf of a task: nothing the ad has answered, and all of it is in the result."""
+"""Requests of the phases to a model: none for facts given in the ad, and all of them counted in the result."""
 
 import json
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ from loom.types import Accept, CapabilityProfile, TaskResult
 
 @pytest.fixture
 async def runtime(on_bus: tuple[str, str], provider: OpenAIProvider) -> AsyncIterator[Runtime]:
-    """Phases that may ask a model, and a node whose agent is one."""
+    """Phases with a model, and a node whose agent is a model."""
     url, namespace = on_bus
     async with running_phases(url, namespace=namespace, llm=provider):
         rt = Runtime(provider=provider)

@@ -48,8 +48,8 @@ async def test_the_reward_bus_learns_from_runs() -> None:
 async def test_the_runtime_answers_by_its_nodes_and_skills(model: OpenAIServer) -> None:
     assert await lines_of("runtime.py", model) == [
         "nodes: 3 - idle: True",
-        "You said: Sort a list",
-        "You said: Translate: hello",
+        "You wrote: Sort a list",
+        "You wrote: Translate: hello",
         "AuctionNoWinnerError: no_bids",
     ]
     systems = [request.messages[0]["content"] for request in model.requests]
@@ -61,7 +61,7 @@ async def test_the_amoeba_loop_reports_text_phases_and_its_end(model: OpenAIServ
     lines = await lines_of("amoeba_loop.py", model)
 
     assert lines[:3] == ["[sense] code", "[match] coder", "[scale] "]
-    assert lines[3].startswith("You said: Write a Python function that sorts a list")
+    assert lines[3].startswith("You wrote: Write a Python function that sorts a list")
     assert lines[3].endswith("[execute] coder")
     assert lines[4:] == [
         "[evaluate] coder",

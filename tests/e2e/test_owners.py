@@ -1,4 +1,4 @@
-"""Nodes of several owners in one cluster: what operators see of them, and how evidence follows a new name."""
+"""Nodes of several owners in one cluster: the views of operators, and evidence that follows a new name."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from loom.schemas.task import TaskAd
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """A node `coder` of the owner acme, which succeeds, beside one of the owner `local`, which fails."""
+    """A node `coder` of the owner acme, which succeeds, and one of the owner `local`, which fails."""
     namespace = f"t{secrets.token_hex(4)}"
     with background_cluster(nats_url, namespace, [node("coder", fail, code=0.9)]) as cluster:
         guests = running_nodes(
@@ -42,7 +42,7 @@ async def _entered(context):  # type: ignore[no-untyped-def]  # noqa: ANN001, AN
 
 
 async def _work(cluster: Cluster) -> None:
-    """Do a task that is pinned, and one that the node of `local` fails and the one of acme does."""
+    """Run a pinned task, and one that fails on the node of `local` and succeeds on the one of acme."""
     pinned = await task_client.publish(
         cluster.bus, TaskAd(task_id="t1", domain="code", description="x", node_id="acme.coder")
     )
@@ -86,7 +86,9 @@ def test_filters_accept_a_node_with_its_owner_and_local_nodes_in_both_forms(here
     assert loom("task ls --node coder").out == "no such task among those of the last 72 hours\n"
 
 
-def test_a_person_judges_under_the_name_of_its_own(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_person_judges_under_the_configured_source(
+    here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOOM_SOURCE", "alice")
     assert loom("reward add t1 0.5").out == "0.50 for acme.coder in code\n"
     assert "by alice" in loom("reward ls --node acme.coder").out
@@ -98,7 +100,7 @@ async def _judged(cluster: Cluster) -> None:
     assert [(one.reward_id, one.owner) for one in given] == [("t1:1:alice", "acme")]
 
 
-def test_a_node_with_a_new_name_takes_its_evidence_along_once(here: Cluster, loom: Loom) -> None:
+def test_a_renamed_node_takes_its_evidence_along_once(here: Cluster, loom: Loom) -> None:
     moved = loom("node move acme.coder beta.writer")
     assert moved.code == 0, moved
     assert re.fullmatch(r"acme\.coder → beta\.writer: code [01]\.\d\d of 2 rewards, as one observation\n", moved.out)
@@ -120,15 +122,15 @@ async def _one_inheritance(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("node move ghost coder", "no_evidence: nothing is known of ghost"),
         ("node move coder local.coder", "bad_usage: Invalid value for TO: FROM and TO are both coder"),
         ("node move a.b.c coder", "bad_usage: Invalid value for FROM"),
     ],
 )
-def test_an_impossible_move_is_refused(line: str, said: str, here: Cluster, loom: Loom) -> None:
-    is_refused(loom, line, 2, said)
+def test_an_impossible_move_is_refused(line: str, message: str, here: Cluster, loom: Loom) -> None:
+    is_refused(loom, line, 2, message)
 
 
 @pytest.mark.slow

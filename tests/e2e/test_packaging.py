@@ -1,4 +1,4 @@
-"""What is built and installed: everything under the one name `loom`, and nothing else."""
+"""The built and installed package: everything under the one name `loom`, and nothing else."""
 
 import os
 import re

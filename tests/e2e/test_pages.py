@@ -1,4 +1,4 @@
-"""The programs on all pages run, and print what is shown after them."""
+"""The programs on all pages run, and print the output shown after them."""
 
 import sys
 from typing import Any

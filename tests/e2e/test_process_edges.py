@@ -1,4 +1,4 @@
-"""The edges of a `loom` process: closed streams, process 1 of a container, an end that waits for nothing."""
+"""The edges of a `loom` process: closed streams, process 1 of a container, an exit that waits for nothing."""
 
 import asyncio
 import os
@@ -50,7 +50,7 @@ async def test_closed_standard_streams_are_as_good_as_dev_null(
     assert "Traceback" not in ended.err
 
 
-def test_the_numbers_of_closed_streams_are_taken_and_printing_goes_nowhere() -> None:
+def test_closed_standard_descriptors_are_occupied_and_prints_are_dropped() -> None:
     code = (
         "import os, socket, sys\n"
         "from loom.runner.cli.process_start import open_standard_streams\n"
@@ -80,7 +80,7 @@ in_container = pytest.mark.skipif(not _may_unshare(), reason="needs the right to
 
 
 def first_process(container: Command) -> int:
-    """Process 1 of a container, by its number here."""
+    """Return the host's process id of process 1 of a container."""
     [pid] = [own for own, args in below(container.process.pid).items() if "--mount-proc" not in args][:1]
     return pid
 
@@ -150,9 +150,7 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "auto"])
-async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends_at_once(
-    loop: str, tmp_path: Path
-) -> None:
+async def test_a_process_with_a_slow_lookup_of_its_servers_name_ends_at_once(loop: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
     )
@@ -165,7 +163,7 @@ async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends
 
 
 @pytest.mark.slow
-async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
+async def test_a_process_ends_after_its_drain_despite_a_running_thread(
     tmp_path: Path, nats_url: str, namespace: str
 ) -> None:
     (tmp_path / "busy.py").write_text(
@@ -226,5 +224,5 @@ def test_a_misspelt_setting_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -
     with capture_logs() as logs:
         warn_of_misspelt_settings()
         warn_of_misspelt_settings()
-    told = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
-    assert [(entry["event"], entry["hint"]) for entry in told] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]
+    warnings = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
+    assert [(entry["event"], entry["hint"]) for entry in warnings] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]

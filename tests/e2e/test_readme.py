@@ -1,4 +1,4 @@
-"""The cluster and the commands of the README do what it shows; tests/e2e/test_pages.py runs its programs."""
+"""The cluster and the commands of the README have the shown results; tests/e2e/test_pages.py runs its programs."""
 
 import asyncio
 import json
@@ -43,11 +43,11 @@ async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tup
     [request] = [command for command in COMMANDS if command[:2] == ["nats", "req"]]
     announced = asyncio.Event()
 
-    async def hear(msg: object) -> None:
+    async def on_announcement(msg: object) -> None:
         if decode(msg.data, HostAnnouncement).nodes:  # type: ignore[attr-defined]
             announced.set()
 
-    await client.connection.subscribe(client.subjects.of("host", "*", "*"), hear)
+    await client.connection.subscribe(client.subjects.of("host", "*", "*"), on_announcement)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(service(up))
         await stack.enter_async_context(service(nodes))
@@ -67,14 +67,14 @@ async def test_the_report_of_the_readme_is_written(tmp_path: Path) -> None:
     """From real files, by a plan in the ad, on a server of its own."""
     [run] = [command for command in COMMANDS if command[:2] == ["loom", "run"]]
     out = tmp_path / "results.jsonl"
-    told = await output_of([*LOOM, *run[1:], "--out", str(out)])
+    run_summary = await output_of([*LOOM, *run[1:], "--out", str(out)])
 
     [result] = [decode(line, TaskResult) for line in out.read_bytes().splitlines()]
     assert result.success
     assert not result.below_threshold
     assert result.node_id == "editor"
     assert "loans per visitor: Hill Library 2.47" in result.content
-    assert "begun subtasks done" in told
+    assert "begun subtasks done" in run_summary
 
 
 @pytest.mark.parametrize("target", [command[1] for command in COMMANDS if command[0] == "make"])

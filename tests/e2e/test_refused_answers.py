@@ -1,4 +1,4 @@
-"""Tasks whose answers are all refused: what Python, the command line and a delegating agent get."""
+"""Tasks with only refused answers: the results for Python, the command line and a delegating agent."""
 
 import json
 import re

@@ -46,7 +46,7 @@ async def runtime_process(name: str) -> AsyncIterator[asyncio.subprocess.Process
 
 
 @pytest.mark.slow
-async def test_runtimes_in_two_processes_win_each_others_tasks(phases: Bus) -> None:
+async def test_two_runtimes_in_two_processes_win_tasks_of_each_other(phases: Bus) -> None:
     async with runtime_process("theirs") as process:
         rt = Runtime()
         mine = Counting(0.01)

@@ -1,4 +1,4 @@
-"""A skill becomes a node because a task calls for it and nobody bids."""
+"""A skill becomes a node when a task calls for it and gets no bids."""
 
 import pytest
 from support.nodes import echo, node
@@ -32,7 +32,7 @@ SQL = Skill(
 
 
 def tables() -> str:
-    """The tables there are."""
+    """List the tables."""
     return "sales"
 
 
@@ -62,7 +62,9 @@ async def test_a_task_without_bids_is_answered_by_its_matching_skill(
         context = LoopContext([UserMessage("a query for the best month")], domain="data", timeout_s=WITHIN_S)
         events = [event async for event in loop.execute(context)]
         spawned = await until(
-            lambda: next((one for one in news if one.kind == "spawned"), None), within_s=WITHIN_S, what="it is told"
+            lambda: next((one for one in news if one.kind == "spawned"), None),
+            within_s=WITHIN_S,
+            what="its start is reported",
         )
         assert spawned is not None
         order = RetireRequest(node_id=spawned.node_id, reason="its work is done")
@@ -73,7 +75,7 @@ async def test_a_task_without_bids_is_answered_by_its_matching_skill(
 
     done = events[-1]
     assert isinstance(done, Done)
-    assert done.content == "You said: a query for the best month"
+    assert done.content == "You wrote: a query for the best month"
     assert [message["content"] for message in model.requests[-1].messages] == [
         "You write SQL.",
         "a query for the best month",
@@ -85,7 +87,7 @@ async def test_a_task_without_bids_is_answered_by_its_matching_skill(
     assert not cluster.nodes
 
 
-async def test_a_node_that_can_bid_keeps_the_skill_at_rest_and_a_required_tool_calls_it(
+async def test_a_bidding_node_keeps_the_skill_unused_and_a_required_tool_starts_it(
     phases: Bus, provider: OpenAIProvider
 ) -> None:
     runtime = Runtime(provider)

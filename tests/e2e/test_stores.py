@@ -1,4 +1,4 @@
-"""What outlives a program: records and what has been learned, in a store."""
+"""Records and learned profiles in a store outlive a program."""
 
 import asyncio
 import gc
@@ -140,7 +140,7 @@ async def test_a_runtime_without_a_store_keeps_nothing_and_loom_store_sets_the_p
     assert (tmp_path / "kept" / "jetstream").is_dir()
 
 
-async def test_a_store_beside_a_server_in_use_is_reported_as_not_used(
+async def test_a_store_given_with_a_running_server_is_reported_as_unused(
     on_bus: tuple[str, str], phases: Bus, tmp_path: Path
 ) -> None:
     with capture_logs() as logs:
@@ -181,7 +181,7 @@ with rt:
 
 
 @pytest.mark.slow
-async def test_a_program_that_is_killed_with_its_group_leaves_all_it_knew_in_its_store(tmp_path: Path) -> None:
+async def test_a_program_killed_with_its_group_leaves_its_records_in_its_store(tmp_path: Path) -> None:
     store = tmp_path / "store"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PROGRAM, str(store), stdout=asyncio.subprocess.PIPE, start_new_session=True

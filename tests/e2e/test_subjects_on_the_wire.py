@@ -1,4 +1,4 @@
-"""What a whole cluster publishes, seen by a plain NATS client: every row of the table of subjects, and nothing else."""
+"""The messages of a whole cluster, received by a plain NATS client: all rows of the table of subjects, nothing else."""
 
 import asyncio
 import json

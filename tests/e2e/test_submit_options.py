@@ -1,4 +1,4 @@
-"""`loom submit`: where the ad comes from, and which options it has."""
+"""`loom submit`: the sources of the ad, and the options."""
 
 import io
 import json

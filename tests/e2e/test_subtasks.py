@@ -1,4 +1,4 @@
-"""What a client hears of the parts of its own task."""
+"""Events about the subtasks of a task, as received by its client."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ async def hosted(phases: Bus, on_bus: tuple[str, str]) -> Any:
 
 
 def task(*descriptions: str, **facts: Any) -> TaskAd:
-    """One whose parts are done one after the other, each named after what it does."""
+    """Return an ad whose subtasks run one after the other, each named after its work."""
     plan = [
         {"id": text, "description": text, "dependencies": list(descriptions[:index])}
         for index, text in enumerate(descriptions)
@@ -35,12 +35,12 @@ def task(*descriptions: str, **facts: Any) -> TaskAd:
     return TaskAd(domain="code", description="all of it", context={"plan": plan}, **facts)
 
 
-async def heard(bus: Bus, ad: TaskAd, *, deaf_after: int = 1000) -> list[Delta | SubtaskEvent]:
+async def events_of(bus: Bus, ad: TaskAd, *, leave_after: int = 1000) -> list[Delta | SubtaskEvent]:
     news: list[Delta | SubtaskEvent] = []
     async with Subtasks(bus, ad.task_id) as parts:
         async for one in parts.follow(await task_client.publish(bus, ad)):
             news.append(one)
-            if len(news) == deaf_after:
+            if len(news) == leave_after:
                 await parts.__aexit__(None, None, None)
     return news
 
@@ -51,7 +51,7 @@ def reported(news: list[Delta | SubtaskEvent]) -> list[tuple[str, str, str | Non
 
 
 async def test_a_subtask_that_fails_has_the_code_of_its_error(client: Bus, hosted: None) -> None:
-    assert reported(await heard(client, task("look", "break", "rest"))) == [
+    assert reported(await events_of(client, task("look", "break", "rest"))) == [
         ("look", "begun", None, None, ""),
         ("look", "ended", "succeeded", "ann", ""),
         ("break", "begun", None, None, ""),
@@ -59,8 +59,8 @@ async def test_a_subtask_that_fails_has_the_code_of_its_error(client: Bus, hoste
     ]
 
 
-async def test_events_that_were_lost_are_made_up_for_when_the_task_has_ended(client: Bus, hosted: None) -> None:
-    ended = reported(await heard(client, task("one", "two"), deaf_after=1))
+async def test_lost_events_are_replaced_when_the_task_has_ended(client: Bus, hosted: None) -> None:
+    ended = reported(await events_of(client, task("one", "two"), leave_after=1))
 
     assert ended == [
         (name, *of) for name in ("one", "two") for of in (("begun", None, None, ""), ("ended", "succeeded", "ann", ""))
@@ -80,8 +80,8 @@ async def test_a_client_subscribes_to_no_subject_of_a_phase(client: Bus, monkeyp
         assert subscribed == [client.subjects.of("subtask", "public", "t1")]
 
 
-async def test_a_whole_task_has_only_its_own_progress(client: Bus, hosted: None) -> None:
-    news = await heard(client, TaskAd(domain="code", description="x"))
+async def test_an_undivided_task_has_only_its_own_progress(client: Bus, hosted: None) -> None:
+    news = await events_of(client, TaskAd(domain="code", description="x"))
 
     assert news
     assert reported(news) == []

@@ -1,4 +1,4 @@
-"""`loom up --processes`: what dies comes back, what stops leaves nothing."""
+"""`loom up --processes`: dead processes are restarted, and a stop leaves no process behind."""
 
 import asyncio
 import json
@@ -60,32 +60,32 @@ async def supervised(
     *programs: tuple[str, str], stop_s: float = 10
 ) -> AsyncIterator[tuple[Supervisor, list[tuple[str, str]]]]:
     """Shell scripts by name, and the lines they have printed."""
-    said: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     supervisor = Supervisor(
         [Program(name, ("/bin/sh", "-c", script)) for name, script in programs],
         environment=dict(os.environ),
         stop_s=stop_s,
-        write_line=lambda name, line: said.append((name, line)),
+        write_line=lambda name, line: lines.append((name, line)),
     )
     async with supervisor:
-        yield supervisor, said
+        yield supervisor, lines
 
 
 async def test_lines_keep_the_name_of_their_process() -> None:
     async with supervised(("one", "echo a; printf 'b\\nhalf' >&2; exec sleep 60"), ("two", "echo c; exit 3")) as (
         _,
-        said,
+        lines,
     ):
-        await until(lambda: said.count(("two", "c")) >= 3, what="it is started again and again")
-        assert [line for name, line in said if name == "one"] == ["a", "b"]
+        await until(lambda: lines.count(("two", "c")) >= 3, what="it is started again and again")
+        assert [line for name, line in lines if name == "one"] == ["a", "b"]
 
-    assert ("one", "half") in said  # its last word, without an end of line
+    assert ("one", "half") in lines  # its last word, without an end of line
 
 
 async def test_a_process_that_ignores_sigterm_is_killed() -> None:
-    async with supervised(("deaf", "trap '' TERM; echo $$; while :; do sleep 0.05; done"), stop_s=0.2) as (_, said):
-        await until(lambda: said, what="it runs")
-        pid = int(said[0][1])
+    async with supervised(("deaf", "trap '' TERM; echo $$; while :; do sleep 0.05; done"), stop_s=0.2) as (_, lines):
+        await until(lambda: lines, what="it runs")
+        pid = int(lines[0][1])
 
     assert not alive(pid)
 
@@ -125,7 +125,7 @@ def restarted(server: NatsServer, before: int) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_killed_comes_back_with_its_port_and_store(tmp_path: Path) -> None:
+async def test_a_killed_server_is_restarted_with_its_port_and_store(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()
     url = server.url
@@ -186,11 +186,11 @@ class Cluster:
         return Counter(each.metadata["service"] for each in await discover(self.bus, within_s=0.2))
 
     def victims(self) -> dict[int, str]:
-        """Process id -> command line of all that runs, but for the shells that mind the server."""
+        """Return the command lines of all processes by id, without the shells that guard the server."""
         return below(self.up.process.pid)
 
     async def task(self, task_id: str) -> None:
-        """Hand in a task that runs until `go_on`, and return when it runs."""
+        """Submit a task that runs until `go_on`, and return when it runs."""
         ad = TaskAd(task_id=task_id, domain="any", description="wait", wait=False)
         await task_client.request(self.bus, self.bus.subjects.submit, ad)
         await self.reaches(task_id, "running")
@@ -206,7 +206,7 @@ class Cluster:
         await until(reached, within_s=within_s, what=f"{task_id} is {state}")
 
     async def kill(self, pid: int) -> None:
-        """Kill a process; return when everybody is back, in time."""
+        """Kill a process; return when all processes run again, in time."""
         before = set(self.victims())
         with suppress(ProcessLookupError):  # the server and its guard go together
             os.kill(pid, signal.SIGKILL)
@@ -258,8 +258,8 @@ async def test_a_cluster_of_processes_heals_and_stops(tmp_path: Path) -> None:
         running.go_on.set()
         await running.reaches("t1", "succeeded")
 
-        said = running.up.err
-        events = [json.loads(line) for line in said.splitlines()]
+        stderr = running.up.err
+        events = [json.loads(line) for line in stderr.splitlines()]
         assert {"execute-2", "evaluate"} <= {
             line.get("process") for line in events if line["event"] == "phases_started"
         }

@@ -30,12 +30,12 @@ def _server_settings(pid: int) -> str:
 async def test_a_server_started_here_flushes_as_often_as_set(tmp_path: Path) -> None:
     (tmp_path / "piece.py").write_text(PIECE)
 
-    async def settings(said: str, *words: str) -> str:
+    async def settings(ready_line: str, *words: str) -> str:
         async with command(tmp_path, *words, LOOM_SYNC_INTERVAL="always") as running:
-            await running.wait_for_output(said)
+            await running.wait_for_output(ready_line)
             return _server_settings(running.process.pid)
 
-    told = await asyncio.gather(
+    texts = await asyncio.gather(
         settings("loom is up", *LOOM, "up", "--port", "0"), settings("open", LOOM[0], str(tmp_path / "piece.py"))
     )
-    assert all('sync_interval: "always"' in text for text in told)
+    assert all('sync_interval: "always"' in text for text in texts)

@@ -1,4 +1,4 @@
-"""The pages on migrating, and the front page in Chinese: their programs print what the pages show."""
+"""The pages on migrating, and the front page in Chinese: their programs print the output shown on the pages."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Tasks handed in as they are meant, and answers in the type that is wanted."""
+"""Tasks submitted as texts, dicts or ads, and answers in the requested type."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def answering(content: Any) -> Runtime:
     return rt
 
 
-async def test_the_answer_comes_as_an_object_of_the_type() -> None:
+async def test_the_answer_is_an_object_of_the_type() -> None:
     async with answering(Point(1, 2)) as rt:
         assert await rt.submit("where", returns=Point) == Point(1, 2)
     async with answering('{"title": "a", "points": [1]}') as rt:
@@ -44,7 +44,7 @@ async def test_the_answer_comes_as_an_object_of_the_type() -> None:
         assert await rt.submit(TaskAd(description="count"), returns=list[int]) == [1, 2]
 
 
-async def test_a_bare_text_is_an_answer_where_a_string_is_wanted() -> None:
+async def test_a_bare_text_is_accepted_for_a_string() -> None:
     class Colour(Enum):
         RED = "red"
 
@@ -59,7 +59,7 @@ async def test_a_bare_text_is_an_answer_where_a_string_is_wanted() -> None:
         assert await rt.submit("which", returns=Colour) is Colour.RED
 
 
-async def test_the_agent_sees_the_schema_of_the_type() -> None:
+async def test_the_job_has_the_schema_of_the_type() -> None:
     seen: list[Any] = []
 
     def answers(job: Job) -> Point:
@@ -80,7 +80,7 @@ async def test_an_answer_of_another_type_is_refused_with_the_validators_sentence
             await rt.submit("where", returns=Point)
 
 
-async def test_an_answer_that_only_the_ads_own_schema_takes_is_a_rejected_result() -> None:
+async def test_an_answer_valid_only_for_the_ads_own_schema_is_a_rejected_result() -> None:
     async with answering('{"x": 1}') as rt:
         with pytest.raises(RejectedResult, match="the answer is not a Point") as caught:
             await rt.submit(TaskAd(description="where", accept=Accept(json_schema={"type": "object"})), returns=Point)
@@ -98,7 +98,7 @@ async def test_synchronous_code_gets_objects_too() -> None:
     assert await asyncio.to_thread(submits) == Point(3, 4)
 
 
-async def test_texts_and_dicts_are_tasks_wherever_tasks_are_taken() -> None:
+async def test_texts_and_dicts_are_accepted_wherever_tasks_are() -> None:
     rt = Runtime()
     rt.add_agent(lambda text: text.upper(), name="shouts")
     async with rt:
@@ -110,7 +110,7 @@ async def test_texts_and_dicts_are_tasks_wherever_tasks_are_taken() -> None:
             await rt.submit({"description": "x", "priorty": "high"})
 
 
-async def test_a_removed_agent_gets_no_more_work_and_a_replaced_one_gives_its_place() -> None:
+async def test_a_replaced_agent_and_a_removed_agent_get_no_more_work() -> None:
     rt = Runtime()
     rt.add_agent(lambda text: f"old {text}", name="worker")
     async with rt:
@@ -122,7 +122,7 @@ async def test_a_removed_agent_gets_no_more_work_and_a_replaced_one_gives_its_pl
         assert await rt.submit("x") == "other x"
 
 
-async def test_work_goes_only_to_nodes_whose_domain_it_is_but_for_pinned_tasks() -> None:
+async def test_unpinned_work_goes_only_to_nodes_of_its_domain() -> None:
     rt = Runtime()
     rt.add_agent(lambda text: "csv", name="csv", domains=["csv"], capabilities={"csv": 1.0})  # noqa: ARG005
     rt.add_agent(lambda text: "any", name="any", capabilities={"law": 0.0})  # noqa: ARG005

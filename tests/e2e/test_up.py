@@ -1,4 +1,4 @@
-"""`loom up`: where its store is, who may use its server, and what its logs look like."""
+"""`loom up`: the place of its store, access to its server, and the format of its logs."""
 
 import json
 import re
@@ -29,7 +29,7 @@ async def up(folder: Path, *words: str, **env: str) -> AsyncIterator[tuple[Comma
 
 
 async def work_on(bus: Bus) -> None:
-    """Have all tasks done and learned from."""
+    """Run all tasks, and wait until their rewards are applied."""
     coder = node("coder", echo, code=0.6)
     async with running_nodes(bus.connection.url, lambda: [coder]):
         handles = [await publish(bus, ad, deltas=False) for ad in ads()]
@@ -39,7 +39,7 @@ async def work_on(bus: Bus) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-async def test_a_cluster_that_is_stopped_or_killed_knows_everything_when_it_is_started_again(
+async def test_a_stopped_or_killed_cluster_has_all_records_after_a_restart(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     async with up(tmp_path) as (running, url), Bus(url) as bus:
@@ -65,7 +65,7 @@ async def test_a_second_cluster_on_a_store_ends_with_the_process_and_address_of_
 
 
 @pytest.mark.slow
-async def test_a_cluster_keeps_its_store_where_it_is_asked_to_or_nowhere(tmp_path: Path) -> None:
+async def test_a_cluster_keeps_its_store_in_the_given_folder_or_nowhere(tmp_path: Path) -> None:
     async with up(tmp_path, "--store", str(tmp_path / "mine")) as (running, _):
         assert json.loads(running.err.splitlines()[0])["folder"] == str(tmp_path / "mine")
     async with up(tmp_path, "--ephemeral") as (running, _):
@@ -89,7 +89,7 @@ async def test_redirected_logs_are_one_json_object_a_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-async def test_a_server_for_other_machines_asks_for_the_token(tmp_path: Path) -> None:
+async def test_a_server_for_other_machines_requires_the_token(tmp_path: Path) -> None:
     token = "a-long-enough-token"
     async with up(tmp_path, "--ephemeral", "--host", "0.0.0.0", LOOM_TOKEN=token) as (running, url):
         with pytest.raises(BusUnavailable, match="refuses"):

@@ -1,4 +1,4 @@
-"""The examples for scripts, web frameworks and notebooks, run as their first lines say."""
+"""The examples for scripts, web frameworks and notebooks, run by the commands in their first lines."""
 
 import asyncio
 import http.client
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 class Client:
-    """Speaks HTTP and JSON with a server on this machine."""
+    """Sends HTTP requests with JSON to a local server."""
 
     def __init__(self, port: int) -> None:
         self._port = port

@@ -1,4 +1,4 @@
-"""The nodes of examples/wire, which know NATS and JSON and nothing of loom: they win, work, and obey."""
+"""The nodes of examples/wire use NATS and JSON without loom: they win tasks, work, and obey stops."""
 
 import asyncio
 import shutil
@@ -35,7 +35,7 @@ def javascript() -> Path:
 
 @pytest.fixture(params=["py", pytest.param("mjs", marks=pytest.mark.slow)])
 def start(request: pytest.FixtureRequest, client: Bus) -> Start:
-    """Starts an example by its name; yields the id of its host once that has announced itself."""
+    """A function that starts an example by name, and yields its host id after the announcement."""
     folder = EXAMPLES if request.param == "py" else request.getfixturevalue("javascript")
     interpreter = sys.executable if request.param == "py" else "node"
 
@@ -88,25 +88,25 @@ async def test_a_full_node_stops_the_run_of_a_cancelled_task(client: Bus, start:
 
 async def test_the_run_of_a_full_node_moves_to_the_execute_that_asks_last(client: Bus, start: Start) -> None:
     async with start("node") as host_id:
-        heard: list[list[RunEvent]] = [[], []]
+        received: list[list[RunEvent]] = [[], []]
 
         async def ask(number: int, **facts: int) -> None:
-            def take(msg: Msg) -> None:
-                heard[number].extend(read_events(msg.data))
+            def append_events(msg: Msg) -> None:
+                received[number].extend(read_events(msg.data))
 
             words = "one two " * 500
             request = RunRequest(task_id="t1", node_id="shouter", domain="shout", description=words, **facts)  # type: ignore[arg-type]
-            reply = await event_subject(client, host_id, take)
+            reply = await event_subject(client, host_id, append_events)
             await client.connection.publish(client.subjects.of("run", "local", host_id), request, reply=reply)
 
         await ask(0)
-        await until(lambda: len(heard[0]) > 5, what="it works")
+        await until(lambda: len(received[0]) > 5, what="it works")
         await ask(1, from_seq=4)
-        await until(lambda: heard[0][-1].kind == "moved" and len(heard[1]) > 5, what="it has moved")
-        assert [event.seq for event in heard[1]] == list(range(4, 4 + len(heard[1])))
+        await until(lambda: received[0][-1].kind == "moved" and len(received[1]) > 5, what="it has moved")
+        assert [event.seq for event in received[1]] == list(range(4, 4 + len(received[1])))
         stop = Stop(task_id="t1", attempt=1, why="cancelled")
         await client.connection.publish(client.subjects.of("stop", "local", host_id), stop)
-        await until(lambda: heard[1][-1].kind == "error", what="it has stopped")
+        await until(lambda: received[1][-1].kind == "error", what="it has stopped")
 
 
 @pytest.mark.slow

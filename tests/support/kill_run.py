@@ -55,7 +55,7 @@ async def run_under_kills(
         per_s: Submissions per second.
         kills: Processes to kill, the server among them.
         every_s: Mean seconds between two kills.
-        seed: Of the schedule and of the graphs.
+        seed: Start of the random numbers of the schedule and of the graphs.
         ack_wait_s: Seconds after which the server delivers an unacknowledged message again.
         parts: Subtasks of each task. Above 0 only SCALE, EXECUTE and nodes are killed.
         mixed: Whether some tasks are cancelled, delegate or are divided, and every third kill stops a process instead.

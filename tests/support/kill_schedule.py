@@ -38,7 +38,7 @@ def schedule(seed: int, targets: Sequence[str], kills: int, every_s: float, *, s
     """Yield `kills` faults, the same ones for the same random seed; every target is equally likely.
 
     Args:
-        seed: Of the random numbers.
+        seed: Start of the random numbers.
         targets: Names of processes; `server` is the NATS server.
         kills: Number of faults.
         every_s: Mean seconds between two faults.

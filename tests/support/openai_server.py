@@ -193,7 +193,7 @@ def well_behaved(request: Request) -> Reply:
     if wanted:
         return Reply(text=json.dumps(sample(wanted["json_schema"]["schema"])))
     texts = [message["content"] for message in request.messages if message["role"] == "user"]
-    return Reply(text=f"You said: {texts[-1] if texts else ''}")
+    return Reply(text=f"You wrote: {texts[-1] if texts else ''}")
 
 
 def sample(schema: dict[str, Any]) -> Any:

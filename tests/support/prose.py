@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ("schemas", "bus", "agents", "phases", "runner", "loom", "examples")
+TESTS = tuple(f"tests/{name}" for name in ("bench", "bus", "chaos", "e2e", "fundamentals", "support", "unit"))
+"""Folders whose test names, docstrings and comments have no word of dialect."""
 
 _GENERATED = re.compile(r"<!-- tables?: written by .*?<!-- end of tables? -->", flags=re.DOTALL)
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1 *$", flags=re.DOTALL | re.MULTILINE)
@@ -61,8 +63,8 @@ def modules(folder: str) -> list[Path]:
     return sorted(Path(parent) / name for parent, _, names in walk for name in names if name.endswith(".py"))
 
 
-def passages_of_module(path: Path) -> Iterator[Passage]:
-    """Yield the comments, docstrings and string literals of a module."""
+def passages_of_module(path: Path, *, with_literals: bool = True) -> Iterator[Passage]:
+    """Yield the comments, the docstrings and, by default, the string literals of a module."""
     name = str(path.relative_to(ROOT))
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node) for node in _docstrings(tree)}
@@ -70,12 +72,20 @@ def passages_of_module(path: Path) -> Iterator[Passage]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if id(node) in docstrings:
                 yield from _paragraphs(name, node.lineno, node.value)
-            elif " " in node.value.strip():
+            elif with_literals and " " in node.value.strip():
                 yield Passage(name, node.lineno, node.value, is_documentation=False)
     with path.open("rb") as file:
         for token in tokenize.tokenize(file.readline):
             if token.type == tokenize.COMMENT:
                 yield Passage(name, token.start[0], token.string.lstrip("# "), is_documentation=False)
+
+
+def names_of_tests(path: Path) -> Iterator[Passage]:
+    """Yield the name of each test function of a module, as words."""
+    name = str(path.relative_to(ROOT))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+            yield Passage(name, node.lineno, node.name.replace("_", " "), is_documentation=False)
 
 
 def passages_of_page(path: Path) -> Iterator[Passage]:

@@ -1,4 +1,4 @@
-"""The digest that tells an ad from others under the same id."""
+"""The digest that distinguishes ads under the same id."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Addresses of servers: what is understood, and that no message repeats a part of a secret."""
+"""Addresses of servers: the accepted forms, and errors that repeat no part of a secret."""
 
 from urllib.parse import quote
 
@@ -100,8 +100,8 @@ def test_a_comma_in_a_secret_is_refused_with_the_way_to_write_it_and_no_part_of_
     with pytest.raises(BusUnavailable, match="write a comma as %2C") as caught:
         parse_addresses(text)
 
-    said = f"{caught.value!r} {vars(caught.value)} {Bus(text).connection.address}"
-    assert not any(part in said for part in ("s3cr", "et@x", "secret", "12", "34"))
+    rendered = f"{caught.value!r} {vars(caught.value)} {Bus(text).connection.address}"
+    assert not any(part in rendered for part in ("s3cr", "et@x", "secret", "12", "34"))
 
 
 @given(user=st.text(LETTERS, min_size=1, max_size=20), password=st.text(LETTERS, max_size=20))
@@ -113,7 +113,7 @@ def test_any_credentials_come_back_from_their_percent_encoding(user: str, passwo
 
 
 @given(st.text(LETTERS, max_size=60), st.sampled_from(["", "nats://", "tls://u:", "nats://a:1,", "nats://u:p@"]))
-def test_any_text_is_addresses_or_one_sentence(text: str, prefix: str) -> None:
+def test_any_text_gives_addresses_or_one_sentence(text: str, prefix: str) -> None:
     try:
         addresses = parse_addresses(prefix + text)
     except BusUnavailable:

@@ -1,4 +1,4 @@
-"""What people hand in as a task, and the type they want its answer in."""
+"""Ads: the accepted forms of a task, and the requested type of its answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Model(pydantic.BaseModel):
     name: str
 
 
-def test_a_text_is_the_work_in_words() -> None:
+def test_a_text_becomes_the_description() -> None:
     assert ad_of("sort these").description == "sort these"
 
 
@@ -54,7 +54,7 @@ def test_a_wrong_task_is_refused_in_the_words_of_the_wire(task: Any, sentence: s
     assert caught.value.field == field
 
 
-def test_a_wrong_ad_names_its_own_task_and_not_that_of_the_agent_that_hands_it_in() -> None:
+def test_a_wrong_ad_names_its_own_task_and_not_that_of_the_submitting_agent() -> None:
     for task_id in ("t1", ""):
         with pytest.raises(InvalidTask) as caught:
             ad_of({"task_id": task_id, "description": "x", "domian": "y"} if task_id else {"domian": "y"})

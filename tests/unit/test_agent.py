@@ -25,10 +25,10 @@ async def test_an_answer_is_streamed_and_done_comes_last(
 
 
 async def test_run_returns_the_result_of_a_job_or_a_plain_description(make: MakeAgent) -> None:
-    assert (await make().run("Hello")).content == "You said: Hello"
+    assert (await make().run("Hello")).content == "You wrote: Hello"
     result = await make().run(JOB)
 
-    assert result.content == f"You said: {JOB.description}"
+    assert result.content == f"You wrote: {JOB.description}"
     assert result.tokens > 0
     assert result.steps == 1
 
@@ -44,7 +44,7 @@ async def test_the_request_has_prompt_task_context_and_inputs(server: OpenAIServ
         assert part in user["content"]
 
 
-async def test_jobs_at_the_same_time_never_see_each_other(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_concurrent_jobs_are_isolated(server: OpenAIServer, make: MakeAgent) -> None:
     def two_rounds(request: Request) -> Reply:
         if any(message["role"] == "tool" for message in request.messages):
             return Reply(text=request.messages[0]["content"])

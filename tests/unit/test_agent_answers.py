@@ -1,4 +1,4 @@
-"""An answer without text says why, and what surrounds an answer is no part of it."""
+"""An answer without text gives the reason, and text around an answer is removed."""
 
 import time
 from typing import Any
@@ -113,7 +113,7 @@ SCHEMA: dict[str, Any] = {
 WANTS_JSON = RunRequest(task_id="t1", description="Which port?", accept=Accept(json_schema=SCHEMA))
 
 
-async def test_the_model_gets_the_wanted_schema_as_response_format(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_the_request_has_the_accepted_schema_as_response_format(server: OpenAIServer, make: MakeAgent) -> None:
     assert (await make().run(WANTS_JSON)).content == '{"port": 1}'
 
     asked = server.requests[0]
@@ -130,7 +130,7 @@ async def test_with_tools_the_schema_is_in_the_prompt_alone(server: OpenAIServer
         assert "JSON alone" in request.messages[0]["content"]
 
 
-async def test_a_server_that_refuses_response_formats_is_asked_in_words_alone(
+async def test_a_server_that_refuses_response_formats_gets_the_schema_as_text_alone(
     server: OpenAIServer, make: MakeAgent
 ) -> None:
     def old(request: Request) -> Reply:
@@ -145,7 +145,7 @@ async def test_a_server_that_refuses_response_formats_is_asked_in_words_alone(
     assert "response_format" not in server.requests[-1].body
 
 
-async def test_a_provider_that_refuses_schemas_is_asked_once_more_without() -> None:
+async def test_a_provider_that_refuses_schemas_gets_one_more_request_without() -> None:
     provider = Scripted([AgentFailed("refused")], answering('{"port": 80}'))
     with capture_logs():
         assert (await provider.agent().run(WANTS_JSON)).content == '{"port": 80}'
@@ -154,7 +154,7 @@ async def test_a_provider_that_refuses_schemas_is_asked_once_more_without() -> N
 
 
 @pytest.mark.parametrize("failure", [AgentFailed("busy", retry_after_s=9.0), DeadlineExceeded("late")])
-async def test_a_failure_that_has_another_cause_is_not_asked_again(failure: LoomError) -> None:
+async def test_a_failure_with_another_cause_is_not_retried(failure: LoomError) -> None:
     provider = Scripted([failure])
     with pytest.raises(LoomError):
         await provider.agent().run(WANTS_JSON)
@@ -187,7 +187,7 @@ async def test_text_around_requested_json_is_removed(text: str, streaming: bool)
     assert result.content == '{"port": 80}'
 
 
-async def test_text_stays_as_it_is_where_no_json_is_wanted() -> None:
+async def test_text_is_unchanged_without_a_json_schema() -> None:
     text = '```json\n{"port": 80}\n```'
 
     assert (await Scripted(answering(text)).agent().run(JOB)).content == text

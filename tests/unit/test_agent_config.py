@@ -143,7 +143,7 @@ def test_a_variable_that_cannot_be_used_is_named_when_the_provider_is_made(
         ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE"),
     ],
 )
-async def test_an_environment_without_a_way_out_is_named_and_not_asked_again(
+async def test_an_environment_that_prevents_connections_is_named_and_not_retried(
     variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await asyncio.to_thread(__import__, "openai")
@@ -156,7 +156,7 @@ async def test_an_environment_without_a_way_out_is_named_and_not_asked_again(
         assert caught.value.field == "environment"
         assert time.monotonic() - started < 0.9
         monkeypatch.delenv(variable)
-        assert (await provider.complete(ASK)).content == "You said: How do you do?"
+        assert (await provider.complete(ASK)).content == "You wrote: How do you do?"
 
     assert len(server.requests) == 1
 
@@ -218,7 +218,7 @@ def test_an_azure_version_without_an_address_is_named() -> None:
         endpoint_of(AgentConfig(api_version="1", api_key="k"), {})
 
 
-async def test_nodes_of_one_runtime_may_have_models_of_their_own() -> None:
+async def test_nodes_of_one_runtime_may_have_different_models() -> None:
     async with OpenAIServer() as server:
         config = AgentConfig(model="big", base_url=server.base_url, system_prompt="Think.", max_steps=2)
         rt = Runtime(OpenAIProvider(replace(config, model="small")))

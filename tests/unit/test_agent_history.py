@@ -1,4 +1,4 @@
-"""What goes back to a model is accepted by strict servers, whatever the model wrote."""
+"""The history sent back to a model is accepted by strict servers, for any text of the model."""
 
 import asyncio
 import json
@@ -87,7 +87,7 @@ async def test_a_call_cut_at_the_most_tokens_is_explained(server: OpenAIServer, 
     assert "cut at its token limit" in server.requests[1].messages[-1]["content"]
 
 
-async def test_calls_that_share_an_id_or_have_none_get_ids_of_their_own() -> None:
+async def test_calls_with_a_shared_or_missing_id_get_unique_ids() -> None:
     calls = [
         ToolCall(id=each, name="add", arguments=f'{{"a":{n},"b":0}}') for n, each in enumerate(["x", "x", "", "y"])
     ]
@@ -118,7 +118,7 @@ async def test_calls_past_the_most_of_one_turn_are_answered_by_an_error() -> Non
     assert [f"at most {MAX_CALLS} calls" in each for each in results] == [False] * MAX_CALLS + [True] * 6
 
 
-async def test_fields_beside_a_call_go_back_unless_they_cannot_be_sent() -> None:
+async def test_fields_next_to_a_call_are_sent_back_unless_they_cannot_be_sent() -> None:
     signed = ToolCall(id="a", name="now", extra={"extra_content": {"google": {"thought_signature": "SIG"}}})
     broken = ToolCall(id="b", name="now", extra={"text": "\ud83d"})
     provider = Scripted(wanting(signed, broken), answering("done"))
@@ -162,7 +162,7 @@ def test_a_legal_call_stays_as_its_model_wrote_it() -> None:
     assert legal_call(call, "a") == call
 
 
-def test_an_id_is_replaced_only_where_it_is_taken_or_empty() -> None:
+def test_only_a_duplicate_or_empty_id_is_replaced() -> None:
     ids = CallIds()
 
     assert [ids.unique(each) for each in ("call00001", "a", "a", "", " ")] == [

@@ -1,4 +1,4 @@
-"""What a job may take, and that its cost is known however it ends."""
+"""The limits of a job, and its cost, which is known after every kind of end."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,11 +29,11 @@ async def test_an_answer_without_end_is_a_failure(server: OpenAIServer, make: Ma
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("told", [None, (0, 0)])
+@pytest.mark.parametrize("reported", [None, (0, 0)])
 async def test_cost_is_estimated_when_the_model_reports_no_usage(
-    server: OpenAIServer, make: MakeAgent, told: tuple[int, int] | None, streaming: bool
+    server: OpenAIServer, make: MakeAgent, reported: tuple[int, int] | None, streaming: bool
 ) -> None:
-    server.script(Reply(text="x" * 400, usage=told))
+    server.script(Reply(text="x" * 400, usage=reported))
     result = await make(stream=streaming).run(JOB)
 
     assert 100 <= result.completion_tokens <= 110
@@ -96,7 +96,7 @@ def test_a_limit_below_one_is_refused(limits: dict[str, int]) -> None:
 
 
 def costing(answer: list[StreamChunk], prompt: int, completion: int) -> list[StreamChunk]:
-    """`answer` with what it took."""
+    """Return `answer` with its token usage."""
     usage = Usage(prompt_tokens=prompt, completion_tokens=completion)
     return [*answer[:-1], replace(answer[-1], usage=usage)]
 
@@ -136,7 +136,7 @@ async def test_an_answer_that_breaks_off_counts_as_far_as_it_came() -> None:
     assert error.spent.usage.estimated
 
 
-async def test_a_question_that_was_never_answered_costs_nothing() -> None:
+async def test_a_request_without_an_answer_costs_nothing() -> None:
     error = await failure_of(Scripted([OSError("no route")]).agent())
 
     assert error.spent.tokens_used == 0
@@ -206,7 +206,7 @@ async def test_calls_without_end_are_a_failure() -> None:
         await events_of(provider.agent(add, max_tokens=10))
 
 
-async def test_a_whole_answer_longer_than_asked_for_is_an_answer() -> None:
+async def test_a_whole_answer_above_the_requested_length_is_an_answer() -> None:
     result = (
         await Scripted([StreamChunk(text="x" * 100_000, finish_reason="stop")])
         .agent(stream=False, max_tokens=10)

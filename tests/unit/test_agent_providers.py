@@ -1,4 +1,4 @@
-"""Any object with complete or stream is a provider, and what it gives is read forgivingly."""
+"""Any object with complete or stream is a provider, and its results are read leniently."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -48,14 +48,14 @@ async def test_every_exception_of_a_provider_is_a_failure(error: BaseException, 
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("told", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
-async def test_nonsense_about_usage_is_replaced_by_an_estimate(told: dict[str, Any], streaming: bool) -> None:
+@pytest.mark.parametrize("reported", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
+async def test_nonsense_about_usage_is_replaced_by_an_estimate(reported: dict[str, Any], streaming: bool) -> None:
     class Boastful:
         async def complete(self, _params: CompletionParams) -> CompletionResult:
-            return CompletionResult(content="fine", usage=Usage(**told))
+            return CompletionResult(content="fine", usage=Usage(**reported))
 
         async def stream(self, _params: CompletionParams) -> AsyncIterator[StreamChunk]:
-            yield StreamChunk(text="fine", usage=Usage(**told), finish_reason="stop")
+            yield StreamChunk(text="fine", usage=Usage(**reported), finish_reason="stop")
 
     done = done_of(await events_of(Agent(Boastful(), AgentConfig(stream=streaming))))
 
@@ -129,7 +129,7 @@ async def test_a_tool_call_may_come_in_any_of_these_forms(pieces: list[Any]) -> 
     assert provider.asked[1].messages[-1].content == "5"
 
 
-async def test_calls_may_come_one_by_one() -> None:
+async def test_calls_may_arrive_one_by_one() -> None:
     calls = [ToolCall(id=f"c{n}", name="add", arguments=f'{{"a":{n},"b":0}}') for n in range(3)]
     provider = Scripted([StreamChunk(tool_call=call) for call in calls], ["done"])
     await events_of(provider.agent(add))
@@ -162,7 +162,7 @@ async def test_a_provider_may_have_complete_alone(answer: Any, blocking: bool) -
     assert (await agent.run(JOB)).content == "fine"
 
 
-async def test_usage_in_a_dict_is_believed() -> None:
+async def test_usage_in_a_dict_is_accepted() -> None:
     answer = [{"text": "fine", "usage": {"prompt_tokens": 30, "completion_tokens": 20}}]
     done = done_of(await events_of(Scripted(answer).agent()))
 

@@ -1,4 +1,4 @@
-"""A model's reasoning is shown apart from its answer, kept for the job, and no part of the result."""
+"""A model's reasoning is shown apart from its answer, kept for the job, and absent from the result."""
 
 import json
 from typing import Any

@@ -34,7 +34,7 @@ async def test_tools_run_until_the_model_answers(server: OpenAIServer, make: Mak
     assert server.requests[1].messages[-3]["tool_calls"][0]["function"]["name"] == "add"
 
 
-async def test_calls_of_one_round_run_side_by_side(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_calls_of_one_round_run_concurrently(server: OpenAIServer, make: MakeAgent) -> None:
     both = asyncio.Barrier(2)
 
     async def meet(name: str) -> str:
@@ -65,7 +65,7 @@ async def test_no_more_than_eight_calls_run_at_a_time(server: OpenAIServer, make
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "reason"),
     [
         (("add", '{"a": "two"}'), "the arguments are not valid"),
         (("add", "{a:"), "the arguments are not valid"),
@@ -75,13 +75,13 @@ async def test_no_more_than_eight_calls_run_at_a_time(server: OpenAIServer, make
     ],
 )
 async def test_a_mistaken_call_is_reported_to_the_model(
-    server: OpenAIServer, make: MakeAgent, call: tuple[str, str], told: str
+    server: OpenAIServer, make: MakeAgent, call: tuple[str, str], reason: str
 ) -> None:
     server.script(Reply(tool_calls=(call,)), Reply(text="sorry"))
     with capture_logs():
         result = await make(add).run(JOB)
 
-    assert told in server.requests[1].messages[-1]["content"]
+    assert reason in server.requests[1].messages[-1]["content"]
     assert result.tool_errors == 1
 
 
@@ -155,10 +155,10 @@ async def test_a_third_equal_call_is_not_run_and_is_reported_to_the_model(
     result = await make(look).run(JOB)
 
     assert ran == ["here", "here", "there"]
-    said = [message["content"] for message in server.requests[3].messages if message["role"] == "tool"]
-    assert said[:2] == ["nothing", "nothing"]
-    assert "not run: the same call 3 times in a row" in said[2]
-    assert said[3] == "nothing"
+    results = [message["content"] for message in server.requests[3].messages if message["role"] == "tool"]
+    assert results[:2] == ["nothing", "nothing"]
+    assert "not run: the same call 3 times in a row" in results[2]
+    assert results[3] == "nothing"
     assert result.tool_errors == 1
 
 

@@ -1,4 +1,4 @@
-"""The workflow of CI tests what pyproject.toml and the server check promise."""
+"""The workflow of CI tests the versions promised by pyproject.toml and the server check."""
 
 import tomllib
 

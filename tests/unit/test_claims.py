@@ -34,7 +34,7 @@ def decided(rec: TaskRecord, message: Envelope) -> Claimed | Superseded:
         (2, env(2), True),
     ],
 )
-def test_a_higher_attempt_is_taken_and_the_same_one_on_its_host_is_attached_to(
+def test_a_higher_attempt_is_claimed_and_the_same_one_on_its_host_is_attached(
     held: int, message: Envelope, attached: bool
 ) -> None:
     verdict = decided(record(held), message)
@@ -91,7 +91,7 @@ def test_the_same_host_id_of_another_owner_is_another_host() -> None:
         (1, replace(env(3, "n2", "h2"), last_error=TaskError(code="agent_failed")), True),
     ],
 )
-def test_a_claim_supersedes_the_attempt_whose_last_event_may_not_have_come(
+def test_a_claim_supersedes_the_attempt_whose_last_event_may_be_missing(
     held: int, message: Envelope, superseded: bool
 ) -> None:
     verdict = decided(record(held), message)
@@ -108,7 +108,7 @@ def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() ->
 
 
 @pytest.mark.parametrize(
-    ("rec", "instance", "seq", "say"),
+    ("rec", "instance", "seq", "expected"),
     [
         (record(1), "first", 7, "own"),
         (record(1), "other", 7, "other_replica"),
@@ -118,5 +118,7 @@ def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() ->
         (record(1, state="succeeded", ended_at=1.0), "first", 7, "over"),
     ],
 )
-def test_only_the_holder_of_the_claim_may_report_an_error(rec: TaskRecord, instance: str, seq: int, say: str) -> None:
-    assert ownership(rec, 1, instance, seq) == say
+def test_only_the_holder_of_the_claim_may_report_an_error(
+    rec: TaskRecord, instance: str, seq: int, expected: str
+) -> None:
+    assert ownership(rec, 1, instance, seq) == expected

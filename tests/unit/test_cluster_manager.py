@@ -52,7 +52,7 @@ def test_the_list_of_nodes_is_a_copy() -> None:
     assert len(made.nodes) == 1
 
 
-def test_a_second_node_of_the_same_id_takes_the_place_of_the_first() -> None:
+def test_a_second_node_of_the_same_id_replaces_the_first() -> None:
     first, other, second = node("a"), node("b"), node("a")
     made = cluster(first, other, second)
 
@@ -108,7 +108,7 @@ def test_a_bid_stays_between_0_and_1_and_rises_with_skill(score: float, load: fl
     assert better.score >= bid.score
 
 
-def test_a_fresh_node_bids_like_one_of_middling_record_not_like_a_failure() -> None:
+def test_a_new_node_bids_like_an_average_node_and_not_like_a_failing_one() -> None:
     fresh = ClusterManager().compute_bid(AgentNode(), CODE).score
 
     assert fresh == ClusterManager().compute_bid(node("b", 0.5, success_rate=0.5), CODE).score

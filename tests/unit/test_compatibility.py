@@ -153,7 +153,7 @@ async def test_another_refusal_is_final(message: str) -> None:
     assert len(model.requests) == 1
 
 
-async def test_a_server_that_refuses_everything_is_given_up() -> None:
+async def test_a_server_that_refuses_every_variant_is_a_failure() -> None:
     def server(request: Request) -> Reply:
         return refused(f"Unsupported: {', '.join(sorted(request.body))} messages, stream, top_k")
 

@@ -1,4 +1,4 @@
-"""compose.yaml, compose.cluster.yaml and the Dockerfile: their commands are loom's, and what they name is there."""
+"""compose.yaml, compose.cluster.yaml and the Dockerfile: their commands are loom's, and every named file exists."""
 
 import re
 import shlex
@@ -53,7 +53,7 @@ def service_of(file: str, name: str) -> Service:
     return service
 
 
-def test_the_files_are_projects_of_their_own_that_may_run_side_by_side() -> None:
+def test_the_files_are_separate_projects_that_may_run_together() -> None:
     names = [project["name"] for project in PROJECTS.values()]
     ports = [port.split(":")[1] for file, name in ALL for port in service_of(file, name).get("ports", ())]
 
@@ -71,7 +71,7 @@ def test_there_is_a_service_for_the_streams_each_phase_a_node_a_tap_and_a_doctor
 
 
 @pytest.mark.parametrize(("file", "name"), OURS)
-def test_every_command_line_is_one_of_looms(file: str, name: str) -> None:
+def test_every_command_line_is_a_loom_command(file: str, name: str) -> None:
     command = service_of(file, name)["command"]
 
     assert parse_command(command) == command[0]
@@ -131,7 +131,7 @@ def test_every_setting_that_a_service_reads_is_passed_on(file: str, name: str) -
 
 
 @pytest.mark.parametrize(("file", "name"), LASTING)
-def test_only_the_services_that_ask_a_model_get_its_key(file: str, name: str) -> None:
+def test_only_the_services_that_call_a_model_get_its_key(file: str, name: str) -> None:
     asks = name in {"sense", "scale", "evaluate", "node"}
 
     assert ({"OPENAI_API_KEY", "OPENAI_BASE_URL"} <= service_of(file, name)["environment"].keys()) == asks
@@ -173,7 +173,7 @@ def test_the_server_keeps_its_streams_on_a_volume() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_mounted_file_of_agents_is_there(file: str) -> None:
+def test_the_mounted_file_of_agents_exists(file: str) -> None:
     service = service_of(file, "node")
     mounted = [Path(volume.split(":")[0]) for volume in service["volumes"]]
 
@@ -237,7 +237,7 @@ def test_the_cluster_differs_only_in_its_servers_and_replicas() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CLUSTER.keys() - SERVERS.keys()))
-def test_every_service_knows_all_servers_of_the_cluster_and_starts_without_one(name: str) -> None:
+def test_every_service_has_all_server_addresses_and_starts_without_one(name: str) -> None:
     service = CLUSTER[name]
 
     assert service["environment"]["NATS_URL"] == ",".join(f"nats://{server}:4222" for server in SERVERS)

@@ -1,4 +1,4 @@
-"""Each cause of a failed connection: one sentence, what to do, and whether waiting helps."""
+"""Each cause of a failed connection: one sentence, advice, and whether waiting helps."""
 
 import socket
 import ssl

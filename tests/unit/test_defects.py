@@ -1,6 +1,7 @@
 """The classes of defect that an in-process library of this kind had, and the tests that keep each of them out.
 
-Most are elsewhere, beside what they test; what is here follows one run through agent, judge and profile.
+Most tests are in other modules, next to the code they test. The tests here follow one run through agent, judge and
+profile.
 """
 
 import ast
@@ -33,13 +34,13 @@ COVERED = {
         "unit/test_defects.py::test_every_failure_of_a_model_is_a_loss_in_the_profile",
         "unit/test_agent_providers.py::test_every_exception_of_a_provider_is_a_failure",
         "unit/test_agent_answers.py::test_an_end_without_any_text_is_a_failure",
-        "unit/test_evaluate_policy.py::test_an_empty_result_is_refused",
+        "unit/test_retry_policy.py::test_an_empty_result_is_refused",
         "chaos/test_llm_faults.py::test_every_fault_of_a_model_ends_the_task_as_it_should",
     ],
     "unused nodes that die on the first submit": [
         "unit/test_lifecycle.py::test_a_first_task_leaves_unused_nodes_alone",
         "unit/test_lifecycle.py::test_a_node_without_history_is_healthy_however_long_it_idles",
-        "unit/test_apoptosis.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
+        "unit/test_retirement_policy.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
         "e2e/test_runtime.py::test_unused_nodes_stay_healthy",
     ],
     "streamed runs that cost nothing": [
@@ -49,12 +50,12 @@ COVERED = {
     ],
     "failing fast that pays": [
         "unit/test_reward_formulas.py::test_a_failure_earns_nothing_however_fast",
-        "unit/test_evaluate_policy.py::test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise",
+        "unit/test_retry_policy.py::test_a_failure_scores_zero_if_the_node_is_at_fault_and_otherwise_gives_no_reward",
     ],
     "decay that is a cliff": [
         "unit/test_reward_formulas.py::test_the_decay_of_a_day_is_small_and_continuous",
         "unit/test_reward_formulas.py::test_a_claim_without_any_reward_does_not_fade",
-        "unit/test_match_policy.py::test_idle_knowledge_fades_towards_the_claim",
+        "unit/test_scoring.py::test_idle_knowledge_fades_towards_the_claim",
     ],
     "losses counted twice": [
         "unit/test_defects.py::test_a_loss_is_counted_once_despite_repeated_delivery",
@@ -67,12 +68,12 @@ COVERED = {
     ],
     "outputs that are not passed along": [
         "bus/test_plans.py::test_a_waiting_subtask_begins_as_soon_as_its_own_needs_are_met",
-        "unit/test_planner.py::test_dependents_get_the_outputs_they_asked_for_and_no_others",
+        "unit/test_planner.py::test_dependents_get_the_outputs_of_their_dependencies_and_no_others",
         "unit/test_agent.py::test_the_request_has_prompt_task_context_and_inputs",
         "e2e/test_division.py::test_a_diamond_runs_on_two_node_processes_and_is_put_together",
     ],
     "memories mixed between tasks at the same time": [
-        "unit/test_agent.py::test_jobs_at_the_same_time_never_see_each_other",
+        "unit/test_agent.py::test_concurrent_jobs_are_isolated",
         "bus/test_host.py::test_two_tasks_at_once_never_see_each_others_text",
     ],
     "an idle novice beating a better busy expert": [
@@ -107,7 +108,7 @@ async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
 
 
 async def ended(agent: StreamingAgent) -> Envelope:
-    """Return how a task ends whose one attempt this agent makes."""
+    """Return the ended task after its only attempt by this agent."""
     task = awarded(envelope(ad("What is 2 + 3?", token_budget=10_000), now=0))
     job = RunRequest(task_id=task.task_id, attempt=1, description="What is 2 + 3?", remaining_s=2)
     try:
@@ -120,7 +121,7 @@ async def ended(agent: StreamingAgent) -> Envelope:
 
 
 def learned(*tasks: Envelope) -> tuple[NodeProfile, list[Reward]]:
-    """Return what is known of the node after these tasks, and what it earned for them."""
+    """Return the profile of the node after these tasks, and its rewards for them."""
     profile, rewards = NodeProfile(node_id="n1"), []
     for seq, task in enumerate(tasks, 1):
         reward = reward_for(task, task.error, float(seq))

@@ -1,4 +1,4 @@
-"""Delegation without a bus: ids, grants, slots, the child's envelope and what it has spent."""
+"""Delegation without a bus: ids, grants, slots, the child's envelope and its spent tokens."""
 
 from typing import Any, cast
 
@@ -57,7 +57,7 @@ async def test_only_a_run_on_a_host_can_delegate() -> None:
         await delegate("add two numbers", domain="code")
 
 
-def test_a_model_sees_a_task_and_a_domain() -> None:
+def test_the_delegate_tool_shows_a_task_and_a_domain() -> None:
     assert delegate.name == "delegate"
     schema = delegate.definition.parameters
     assert schema["required"] == ["task"]
@@ -66,17 +66,17 @@ def test_a_model_sees_a_task_and_a_domain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "sentence"),
     [
-        (TaskError(code="no_bids", message="nobody came"), "delegated work failed: no_bids: nobody came"),
+        (TaskError(code="no_bids", message="no node bid"), "delegated work failed: no_bids: no node bid"),
         (TaskError(code="subtask_failed", message="further down"), "further down"),
         (None, "ended as cancelled"),
     ],
 )
-def test_a_failure_names_its_cause_once(error: TaskError | None, says: str) -> None:
+def test_a_failure_names_its_cause_once(error: TaskError | None, sentence: str) -> None:
     state: Any = "failed" if error else "cancelled"
     raised = delegation_error(TaskResult(task_id="c", state=state, error=error))
-    assert raised.message.endswith(says)
+    assert raised.message.endswith(sentence)
     assert raised.code == "subtask_failed"
 
 
@@ -144,7 +144,7 @@ def test_a_waiting_run_frees_its_slot_and_resumes_before_newcomers() -> None:
     assert room.start_next() is second
 
 
-def test_a_room_whose_runs_all_wait_is_busy_and_has_room() -> None:
+def test_a_queue_of_suspended_runs_is_busy_and_not_full() -> None:
     room = RunQueue(1, 0)
     one = run()
     room.enqueue(one)
@@ -190,7 +190,7 @@ def test_delegated_work_may_use_no_tool_that_the_task_may_not(
     assert child.ad.tools_allowed == left
 
 
-def test_delegated_work_has_the_labels_of_its_task_and_the_run_gets_none_of_them() -> None:
+def test_delegated_work_has_the_labels_of_its_task_and_its_run_has_none() -> None:
     child = delegated_envelope(parent(ad={"labels": {"tenant": "a"}}), ad(task_id="c", labels={"tenant": "b"}), CONFIG)
     record = TaskRecord(task_id="c", state="succeeded", envelope=child, admitted_at=0, ended_at=1)
     assert (child.ad.labels, record.to_result().labels, result_for_run(record).labels) == ({"tenant": "a"},) * 2 + ({},)

@@ -1,4 +1,4 @@
-"""What the server says of a delivery, and when a message is suspect or dead."""
+"""Metadata of a delivery, and the limits after which a message is suspect or dead."""
 
 from datetime import datetime
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
 from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Slots, suspect_order
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata, rfc3339
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
@@ -45,7 +45,7 @@ def test_a_message_is_suspect_after_three_deliveries_and_dead_after_ten() -> Non
 
 
 @pytest.mark.slow
-async def test_a_delivery_lets_others_in_once() -> None:
+async def test_a_delivery_releases_its_lock_once() -> None:
     delivery = _delivery(5)
     delivery.release()  # it had not entered: nothing to give back
     await delivery.acquire()

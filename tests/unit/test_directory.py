@@ -17,8 +17,8 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.adapt.evidence import losses_in
 from loom.phases.adapt.summary_writer import summary_of
+from loom.phases.match.calls.offers import UncheckedOffer
 from loom.phases.match.directory import HostDirectory
-from loom.phases.match.offers import UncheckedOffer
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
@@ -41,7 +41,7 @@ def summary_with_attempts(profile: NodeProfile) -> ProfileSummary:
 
 
 class Changes:
-    """A bucket's reader that has one batch."""
+    """A reader of a bucket with one batch."""
 
     def __init__(self, profiles: Iterable[Any]) -> None:
         summaries = [decode(encode(summary_with_attempts(profile)), ProfileSummary) for profile in profiles]
@@ -105,7 +105,7 @@ async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: H
     assert roster.host_of("n1") is None
 
 
-async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: HostDirectory) -> None:
+async def test_hosts_of_two_owners_may_share_an_id_and_stay_separate(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     announce(roster, "h1", "n1", owner="acme")
     assert roster.awaited_hosts() == {key("h1"), key("h1", "acme")}
@@ -114,7 +114,7 @@ async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_ot
     assert (roster.awaited_hosts(), roster.host_of("n1"), roster.host_of("acme.n1")) == ({key("h1")}, key("h1"), None)
 
 
-async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begins_again(
+async def test_an_overtaken_announcement_is_ignored_until_its_host_restarts(
     roster: HostDirectory, clock: Clock
 ) -> None:
     announce(roster, "h1", "n1", seq=7)
@@ -126,7 +126,7 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
     assert roster.host_of("n1") == key("h1")
 
 
-async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: HostDirectory) -> None:
+async def test_a_host_of_plain_nodes_alone_is_listed_and_not_awaited(roster: HostDirectory) -> None:
     plain = HostAnnouncement(nodes=(AnnouncedNode(node_id="sh", plain=True),))
     roster._on_announcement(Msg("loom.host.local.p1", data=encode(plain)))
     assert (roster.awaited_hosts(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))
@@ -201,21 +201,21 @@ async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None
 
 
 async def test_only_changed_domains_are_reported_and_only_their_last_change() -> None:
-    told: list[tuple[str, str, list[str]]] = []
+    reports: list[tuple[str, str, list[str]]] = []
     roster = HostDirectory(
         Bus("nats://127.0.0.1:1"),
-        on_rewarded=lambda node, domain_token, ids: told.append((node, domain_token, list(ids))),
+        on_rewarded=lambda node, domain_token, ids: reports.append((node, domain_token, list(ids))),
     )
     code, data = evidence(1, 0), evidence(1, task="d")
     await learn(roster, NodeProfile(node_id="n1", domains={"code": code, "data": data}))
-    assert told == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
-    told.clear()
+    assert reports == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
+    reports.clear()
     known = roster.profiles["n1"].domains
     later = [
         NodeProfile(node_id="n1", domains={"code": evidence(*scores), "data": data}) for scores in ([1], [1, 0, 1])
     ]
     await learn(roster, *later)
-    assert told == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
+    assert reports == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
     assert roster.profiles["n1"].domains["data"] is known["data"]
     assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
 

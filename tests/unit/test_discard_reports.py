@@ -1,4 +1,4 @@
-"""What is counted of a host's messages that were left out, and how it reads."""
+"""The counts of a host's discarded messages, and their text."""
 
 import pytest
 from support.logs import capture_logs
@@ -54,7 +54,7 @@ def test_a_flood_of_hosts_leaves_the_newest_hundred_in_a_report_that_can_be_read
     assert len(logs) == 2 * LINES
 
 
-def test_reports_of_several_processes_are_one_and_an_announcement_counts_once() -> None:
+def test_reports_of_several_processes_are_merged_and_an_announcement_counts_once() -> None:
     one = DiscardReport(counts={"announcements": 5, "offers": 2}, last="older", at=1.0)
     other = DiscardReport(counts={"announcements": 4, "events": 1, "offers": 1}, last="newer", at=2.0)
     found = merged_reports([{"h2": one}, {"h2": other, "h1": one}, {}])

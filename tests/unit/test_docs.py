@@ -1,4 +1,4 @@
-"""The pages of docs/: what can be generated equals the code, and what can be checked is true.
+"""The pages of docs/: generated tables equal the code, and checked statements are true.
 
 Run as a script, this file writes the tables of docs/subjects.md.
 """

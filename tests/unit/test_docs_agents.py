@@ -1,4 +1,4 @@
-"""docs/agents.md: its tables have what the code has, and what they show is what happens."""
+"""docs/agents.md: its tables are complete, and their values are those of the code."""
 
 import dataclasses
 import re
@@ -97,7 +97,7 @@ def test_values_and_the_answers_they_make(value: str, answer: str) -> None:
     assert to_text(eval(value.strip("`"), {"date": date, "Path": Path, "Report": Report})) == answer.strip("`")
 
 
-def test_the_errors_for_agents_are_there_and_may_be_published() -> None:
+def test_the_errors_for_agents_exist_and_may_be_published() -> None:
     named = {re.findall(r"`(\w+)", row[0])[0] for row in table(PAGE, "Errors") if row[0].startswith("`")}
 
     assert {getattr(errors, name).code for name in named} == OWN_CODES - {"deadline_exceeded"}

@@ -1,4 +1,4 @@
-"""docs/tasks.md names every field and code there is."""
+"""docs/tasks.md names every field and every error code."""
 
 from support.pages import table
 

@@ -1,4 +1,4 @@
-"""The page on tools: its code runs, and does what the page has on it."""
+"""The page on tools: its code runs, and has the shown results."""
 
 from typing import Any
 

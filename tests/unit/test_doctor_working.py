@@ -1,4 +1,4 @@
-"""What doctor makes of the reports of phases that answer."""
+"""The findings of doctor from the reports of phases that answer."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_an_idle_or_working_phase_is_ok() -> None:
     assert verdicts(*moving) == {}
 
 
-def test_messages_that_wait_while_none_is_taken_are_a_failure() -> None:
+def test_waiting_messages_without_progress_are_a_failure() -> None:
     still = look(waiting=9, match=Health(handled=5))
     assert verdicts(still, still) == {"work match": "fail: waiting messages: 9; none is taken"}
 
@@ -38,7 +38,7 @@ def test_a_failed_essential_task_is_a_failure() -> None:
     assert found == {"work adapt": "fail: an essential task has failed: fold rewards: ValueError: x"}
 
 
-def test_a_message_in_hand_for_long_is_a_failure_unless_it_is_a_run() -> None:
+def test_a_long_unacknowledged_message_is_a_failure_unless_it_is_a_run() -> None:
     old = Health(in_hand=1, oldest_s=OLD_S + 1)
     assert verdicts(look(match=old)) == {"work match": "fail: has had something in hand for 121 s"}
     assert verdicts(look(execute=old)) == {}

@@ -1,4 +1,4 @@
-"""The envelope: how hops are remembered, and what a record says of a task."""
+"""The envelope: its hops, and the result of a task from its record."""
 
 from typing import Any
 
@@ -119,7 +119,7 @@ def test_a_success_names_the_node_that_was_awarded() -> None:
     assert result.error is None
 
 
-def test_the_best_of_refused_results_names_the_node_that_made_it() -> None:
+def test_the_best_refused_result_names_its_node() -> None:
     run = RunResult(content="so so")
     env = _envelope(
         result=run,
@@ -133,7 +133,7 @@ def test_the_best_of_refused_results_names_the_node_that_made_it() -> None:
 
 
 def test_a_failure_gives_its_reason() -> None:
-    error = TaskError(code="no_bids", message="nobody")
+    error = TaskError(code="no_bids", message="no bids")
     result = _record(state="failed", envelope=_envelope(error=error)).to_result()
     assert result.error == error
     assert not result.success

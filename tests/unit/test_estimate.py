@@ -110,7 +110,7 @@ def test_every_ad_gets_a_spec_that_can_be_auctioned(description: str, domain: st
         'Here it is: {"domains": ["code"], "complexity": 0.4, "why": "x"} Hope it helps!',
     ],
 )
-def test_an_estimate_is_found_in_whatever_surrounds_it(answer: str) -> None:
+def test_an_estimate_is_found_in_surrounding_text(answer: str) -> None:
     assert read_estimate(answer) == Estimate(complexity=0.4, domains=("code",))
 
 
@@ -133,7 +133,7 @@ def test_an_answer_that_is_not_an_estimate_is_refused(answer: str) -> None:
         read_estimate(answer)
 
 
-def test_the_model_is_asked_for_the_shape_that_is_read() -> None:
+def test_the_requested_json_schema_matches_the_parsed_type() -> None:
     assert set(estimate_schema()["properties"]) == set(Estimate.__struct_fields__)
 
 
@@ -155,7 +155,7 @@ def test_sentences_and_lists_are_found_as_by_the_plain_rules(text: str) -> None:
 @pytest.mark.parametrize(
     "text", [".", "!?", "\n", "\n\t", "\r\n", " ", "1", "\n1", "。", "。a", ".a", "1) ", "代", "- "]
 )
-def test_a_long_description_takes_a_moment(text: str) -> None:
+def test_a_long_description_is_estimated_fast(text: str) -> None:
     description = text * (60_000 // len(text.encode())) + "x"
     began = time.thread_time()
     estimate_task(TaskAd(description=description))

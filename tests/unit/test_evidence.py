@@ -55,7 +55,7 @@ def test_a_profile_survives_the_wire(history: list[Reward]) -> None:
 
 
 @given(rewards, st.integers(0, 40))
-def test_folding_in_two_goes_or_again_from_any_point_gives_the_same(history: list[Reward], cut: int) -> None:
+def test_folding_in_two_steps_or_again_from_any_point_gives_the_same(history: list[Reward], cut: int) -> None:
     whole = folded(history)
     stored = folded(history[:cut])
     for seq, one in enumerate(history, start=1):  # a restarted replica reads the whole stream again
@@ -90,7 +90,7 @@ def test_a_reward_older_than_a_full_window_is_ignored_but_counts_as_read() -> No
     assert (late.domains, late.total_tasks, late.consecutive_losses) == (full.domains, full.total_tasks, 0)
 
 
-def test_a_late_reward_takes_its_place_by_age_while_there_is_room() -> None:
+def test_a_late_reward_is_ordered_by_age_within_the_window() -> None:
     profile = folded([reward("b", ended_at=2.0), reward("c", ended_at=3.0), reward("a", ended_at=1.0)])
     assert [entry.attempt_id[0] for entry in profile.domains["code"].scores] == ["a", "b", "c"]
 
@@ -128,21 +128,21 @@ def test_only_so_many_domains_are_kept_the_longest_unused_go() -> None:
 
 def test_a_summary_has_counts_and_means_and_only_the_newest_scores() -> None:
     profile = folded([reward(f"t{i}", ended_at=float(i), domain_token="code" if i % 2 else "data") for i in range(60)])
-    told = summary(profile)
-    assert sum(len(evidence.scores) for evidence in told.domains.values()) == 10
-    assert [(e.count, e.mean) for e in told.domains.values()] == [(e.count, e.mean) for e in profile.domains.values()]
+    short = summary(profile)
+    assert sum(len(evidence.scores) for evidence in short.domains.values()) == 10
+    assert [(e.count, e.mean) for e in short.domains.values()] == [(e.count, e.mean) for e in profile.domains.values()]
 
 
 def test_evidence_before_a_change_is_dropped_and_does_not_return() -> None:
     good = [reward(f"g{n}", 1.0, n) for n in range(60)]
     bad = [reward(f"b{n}", 0.0, 60 + n) for n in range(12)]
-    profile, told = EMPTY, []
+    profile, changes = EMPTY, []
     for seq, one in enumerate([*good, *bad], 1):
         before, profile = profile, apply_reward(profile, one, seq, forget=True)
-        told.append(change_between(before, profile))
+        changes.append(change_between(before, profile))
 
     assert (profile.domains["code"].mean, profile.domains["code"].count <= 12) == (0.0, True)
-    assert [change for change in told if change] == ["code: from 0.97 over 62 to 0.00 over 3"]
+    assert [change for change in changes if change] == ["code: from 0.97 over 62 to 0.00 over 3"]
     again = apply_reward(profile, good[3], 1000, forget=True)
     assert again.domains == profile.domains
     assert again.total_tasks == profile.total_tasks == 72

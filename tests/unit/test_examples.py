@@ -1,4 +1,4 @@
-"""The examples do what they say, on the files they come with."""
+"""The examples give the documented results on the supplied files."""
 
 import importlib.util
 import shutil
@@ -41,7 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def inputs(agents: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the test's own in place of examples/inputs."""
+    """A new folder in place of examples/inputs."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     monkeypatch.setattr(sys.modules["analysis.input_files"], "INPUTS", folder.resolve())
@@ -57,13 +57,13 @@ def job(file: str, **context: str) -> RunRequest:
 
 def test_a_tables_overview_gives_types_ranges_means_and_gaps(agents: ModuleType) -> None:
     lines = agents.quick_data(job("sales.csv")).splitlines()
-    said = dict(line.split(maxsplit=1) for line in lines[1:])
+    columns = dict(line.split(maxsplit=1) for line in lines[1:])
 
     assert lines[0] == "sales.csv: 240 rows, 10 columns"
-    assert said["date"] == "date    2024-01-03 to 2025-01-01"
-    assert said["units"] == "number  min 2, mean 12.36, max 61"
-    assert said["rating"] == "number  min 1, mean 3.94, max 5, 29 missing"
-    assert said["region"] == "text    4 different: south 72, west 68, north 64"
+    assert columns["date"] == "date    2024-01-03 to 2025-01-01"
+    assert columns["units"] == "number  min 2, mean 12.36, max 61"
+    assert columns["rating"] == "number  min 1, mean 3.94, max 5, 29 missing"
+    assert columns["region"] == "text    4 different: south 72, west 68, north 64"
 
 
 def test_a_tables_report_ranks_correlations_and_groups(agents: ModuleType) -> None:
@@ -218,14 +218,14 @@ def test_the_tools_read_no_other_files_either(agents: ModuleType) -> None:
 # -- tasks and nodes -------------------------------------------------------------------------------------------------
 
 
-def test_there_are_tasks_of_three_domains_and_some_that_name_none() -> None:
+def test_the_tasks_have_three_domains_and_some_name_none() -> None:
     assert len(TASKS) >= 12
     assert len({ad.task_id for ad in TASKS}) == len(TASKS)
     assert {ad.domain for ad in TASKS} == {"data", "code", "writing", ""}
 
 
 @pytest.mark.parametrize("ad", TASKS, ids=lambda ad: ad.task_id)
-def test_the_thorough_agent_of_its_kind_meets_what_each_task_accepts(agents: ModuleType, ad: TaskAd) -> None:
+def test_the_thorough_agent_of_each_domain_gives_accepted_answers(agents: ModuleType, ad: TaskAd) -> None:
     work = {".csv": agents.thorough_data, ".py": agents.thorough_code, ".txt": agents.thorough_writing}
     content = work[Path(ad.context["file"]).suffix](
         RunRequest(task_id=ad.task_id, description=ad.description, context=ad.context)
@@ -256,7 +256,7 @@ def test_a_configured_model_gets_the_same_functions_as_tools(monkeypatch: pytest
     }
 
 
-def test_loading_from_a_copy_finds_the_inputs_beside_it(
+def test_loading_from_a_copy_finds_the_inputs_next_to_it(
     tmp_path: Path, agents: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(EXAMPLES, tmp_path / "copy")

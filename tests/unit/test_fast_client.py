@@ -1,4 +1,4 @@
-"""What a server sends is read alike however it comes in pieces, and what is sent is what the protocol says."""
+"""Bytes of a server are parsed alike in any pieces, and sent bytes follow the protocol."""
 
 from itertools import pairwise
 
@@ -16,8 +16,8 @@ MESSAGE = st.tuples(st.integers(1, 9), TOKEN, st.one_of(st.just(""), TOKEN), st.
 Seen = tuple[int, str, str, bytes, dict[str, str]]
 
 
-class Heard(FastClient):
-    """A client that keeps what is delivered, and never had a connection."""
+class RecordingClient(FastClient):
+    """A client without a connection that records delivered messages."""
 
     def __init__(self) -> None:
         self.messages: list[Seen] = []
@@ -39,9 +39,9 @@ def line(message: Seen) -> bytes:
 
 
 @given(st.lists(MESSAGE, max_size=8), st.lists(st.integers(0, 400), max_size=12))
-async def test_messages_are_read_alike_however_they_are_cut(messages: list[Seen], cuts: list[int]) -> None:
+async def test_messages_are_parsed_alike_in_any_pieces(messages: list[Seen], cuts: list[int]) -> None:
     stream = b"+OK\r\n".join(line(message) for message in messages)
-    client = Heard()
+    client = RecordingClient()
     parser = FastParser(client)
     edges = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
     for start, end in pairwise(edges):
@@ -50,7 +50,7 @@ async def test_messages_are_read_alike_however_they_are_cut(messages: list[Seen]
 
 
 async def test_the_remainder_of_a_lost_connection_is_discarded() -> None:
-    client = Heard()
+    client = RecordingClient()
     parser = FastParser(client)
     await parser.parse(b"MSG a 1 5\r\nhal")
     parser.reset()
@@ -61,7 +61,7 @@ async def test_the_remainder_of_a_lost_connection_is_discarded() -> None:
 @pytest.mark.parametrize("rubbish", [b"HELLO there\r\n", b"x" * 5000])
 async def test_bytes_outside_the_protocol_end_the_reading(rubbish: bytes) -> None:
     with pytest.raises(ProtocolError):
-        await FastParser(Heard()).parse(rubbish)
+        await FastParser(RecordingClient()).parse(rubbish)
 
 
 @pytest.mark.parametrize("subject", ["", "a b", "a\r\nPUB x 0\r\n", "a\tb", "a\0"])
@@ -77,7 +77,7 @@ def test_headers_come_back_as_they_were_sent(headers: dict[str, str]) -> None:
     assert parse_headers(format_headers(headers)) == headers
 
 
-def test_a_value_cannot_smuggle_in_a_header_of_its_own() -> None:
+def test_a_value_cannot_inject_a_header() -> None:
     block = format_headers({"traceparent": "a\r\nNats-Msg-Id: mine\r\n\r\nbody"})
     assert parse_headers(block) == {"traceparent": "a Nats-Msg-Id: mine  body"}
 

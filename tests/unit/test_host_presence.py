@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.bus.host_directory import ALIVE_S, HostKey
-from loom.phases.match.presence import HostPresence
+from loom.phases.match.calls.presence import HostPresence
 
 HOSTS = [HostKey("local", f"h{number}") for number in range(4)]
 step = st.one_of(

@@ -1,4 +1,4 @@
-"""What an import costs, and what it drags in."""
+"""The cost of an import, and the modules that it loads."""
 
 import json
 import subprocess

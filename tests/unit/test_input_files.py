@@ -1,4 +1,4 @@
-"""Files users hand to the command line: what is read, and what is said of one that cannot be."""
+"""Files given to the command line: their contents, and the errors for unreadable ones."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ nodes = [AgentNode(id="shouter", capabilities=CapabilityProfile(scores={"loud": 
 
 @pytest.fixture(autouse=True)
 def _import_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a file changes what can be imported: undone after each test."""
+    """Undo the changes of a loaded file to the importable modules after each test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "modules", {**sys.modules})
 
@@ -36,7 +36,7 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "agents.py"
 
 
-def test_tasks_come_in_the_order_of_their_lines_and_empty_lines_count_for_nothing(file: Path) -> None:
+def test_tasks_have_the_order_of_their_lines_and_empty_lines_are_skipped(file: Path) -> None:
     file.write_bytes(
         b'\xef\xbb\xbf{"task_id": "one", "description": "a"}\r\n\n  \n{"description": "b", "domain": "\xe4\xbb\xa3"}'
     )
@@ -81,7 +81,7 @@ def test_a_missing_file_of_tasks_is_named(file: Path) -> None:
         load_tasks(file)
 
 
-def test_nodes_come_as_the_file_lists_them(script: Path) -> None:
+def test_nodes_have_the_order_of_the_file(script: Path) -> None:
     script.write_text(NODES)
 
     (node,) = load_node_file(script).nodes
@@ -103,7 +103,7 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "reason"),
     [
         ("def f(:\n", "agents.py, line 1: invalid syntax"),
         ("x = 1\nraise RuntimeError('no\\nkey')\n", "agents.py, line 2: RuntimeError: no key"),
@@ -139,13 +139,13 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         (NODES + "nodes.append(nodes[0])\n", "agents.py: nodes[1] has the id of an earlier one, shouter"),
     ],
 )
-def test_a_file_without_usable_nodes_is_refused_with_the_reason(script: Path, source: str, said: str) -> None:
+def test_a_file_without_usable_nodes_is_refused_with_the_reason(script: Path, source: str, reason: str) -> None:
     script.write_text(source)
 
     with pytest.raises(InvalidFile) as caught:
         load_node_file(script)
 
-    assert said in caught.value.message
+    assert reason in caught.value.message
     assert "\n" not in caught.value.message
 
 

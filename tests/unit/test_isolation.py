@@ -1,4 +1,4 @@
-"""The gate: many together, or one alone."""
+"""The shared-exclusive lock: many holders together, or one alone."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.wait import until
 
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 
 
 class Visitors:
-    """Tasks that enter a gate and stay until told."""
+    """Tasks that acquire the lock and hold it until `leave`."""
 
     def __init__(self) -> None:
         self.gate = SharedExclusiveLock()
@@ -53,69 +53,69 @@ class Visitors:
 
 
 async def settled() -> None:
-    """Let everything that can run, run."""
+    """Run the event loop until no task is ready."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 @asynccontextmanager
 async def visitors() -> AsyncIterator[Visitors]:
-    who = Visitors()
-    yield who
-    await who.end()
+    guests = Visitors()
+    yield guests
+    await guests.end()
 
 
 async def test_many_are_inside_together() -> None:
-    async with visitors() as who:
+    async with visitors() as guests:
         for n in range(100):
-            who.arrive(str(n))
+            guests.arrive(str(n))
         await settled()
-        assert len(who.inside) == 100
+        assert len(guests.inside) == 100
 
 
 async def test_an_exclusive_task_waits_for_all_and_blocks_all() -> None:
-    async with visitors() as who:
-        who.arrive("a")
-        who.arrive("b")
+    async with visitors() as guests:
+        guests.arrive("a")
+        guests.arrive("b")
         await settled()
-        who.arrive("suspect", alone=True)
-        who.arrive("c")
+        guests.arrive("suspect", alone=True)
+        guests.arrive("c")
         await settled()
-        assert who.inside == ["a", "b"]
+        assert guests.inside == ["a", "b"]
 
-        await who.leave("a")
-        assert who.inside == ["b"]
-        await who.leave("b")
-        assert who.inside == ["suspect"]
-        await who.leave("suspect")
-        assert who.inside == ["c"]
+        await guests.leave("a")
+        assert guests.inside == ["b"]
+        await guests.leave("b")
+        assert guests.inside == ["suspect"]
+        await guests.leave("suspect")
+        assert guests.inside == ["c"]
 
 
 async def test_a_waiting_exclusive_task_is_not_starved_by_new_arrivals() -> None:
-    async with visitors() as who:
-        who.arrive("first")
+    async with visitors() as guests:
+        guests.arrive("first")
         await settled()
-        who.arrive("suspect", alone=True)
+        guests.arrive("suspect", alone=True)
         await settled()
         for n in range(20):
-            who.arrive(f"late {n}")
+            guests.arrive(f"late {n}")
         await settled()
-        await who.leave("first")
-        assert who.inside == ["suspect"]
+        await guests.leave("first")
+        assert guests.inside == ["suspect"]
 
 
 async def test_suspects_go_in_order_of_arrival() -> None:
-    async with visitors() as who:
+    async with visitors() as guests:
         for name in "abcde":
-            who.arrive(name, alone=True)
+            guests.arrive(name, alone=True)
         await settled()
         for name in "abcde":
-            assert who.inside == [name]
-            await who.leave(name)
-        assert who.entered == list("abcde")
+            assert guests.inside == [name]
+            await guests.leave(name)
+        assert guests.entered == list("abcde")
 
 
-async def test_a_suspect_that_comes_as_the_gate_falls_free_does_not_jump_the_queue() -> None:
+async def test_a_suspect_that_arrives_at_a_free_gate_does_not_jump_the_queue() -> None:
     gate = SharedExclusiveLock()
     order: list[str] = []
 
@@ -136,32 +136,32 @@ async def test_a_suspect_that_comes_as_the_gate_falls_free_does_not_jump_the_que
 
 
 async def test_a_cancelled_wait_leaves_the_gate_usable() -> None:
-    async with visitors() as who:
-        who.arrive("a")
+    async with visitors() as guests:
+        guests.arrive("a")
         await settled()
-        who.arrive("suspect", alone=True)
-        who.arrive("b")
+        guests.arrive("suspect", alone=True)
+        guests.arrive("b")
         await settled()
-        assert who.inside == ["a"]
-        await who.give_up("suspect")
-        assert who.inside == ["a", "b"]
+        assert guests.inside == ["a"]
+        await guests.give_up("suspect")
+        assert guests.inside == ["a", "b"]
 
-        who.arrive("another", alone=True)
+        guests.arrive("another", alone=True)
         await settled()
-        await who.leave("a")
-        await who.leave("b")
-        assert who.inside == ["another"]
-        who.arrive("c")
+        await guests.leave("a")
+        await guests.leave("b")
+        assert guests.inside == ["another"]
+        guests.arrive("c")
         await settled()
-        await who.give_up("c")
-        await who.leave("another")
-        assert who.inside == []
-        who.arrive("d", alone=True)
+        await guests.give_up("c")
+        await guests.leave("another")
+        assert guests.inside == []
+        guests.arrive("d", alone=True)
         await settled()
-        assert who.inside == ["d"]
+        assert guests.inside == ["d"]
 
 
-async def test_a_turn_that_comes_together_with_the_cancellation_is_passed_on() -> None:
+async def test_a_grant_that_coincides_with_a_cancellation_passes_to_the_next_waiter() -> None:
     gate = SharedExclusiveLock()
     await gate.acquire(exclusive=True)
     waiting = asyncio.create_task(gate.acquire(exclusive=True))
@@ -184,28 +184,28 @@ steps = st.lists(
 @given(steps=steps)
 def test_a_suspect_is_always_alone_and_an_open_gate_has_no_waiters(steps: list[tuple[str, int]]) -> None:
     async def play() -> None:
-        async with visitors() as who:
+        async with visitors() as guests:
             there: list[str] = []
             for n, (step, which) in enumerate(steps):
                 if step.startswith("arrive"):
                     name = f"{n}{' alone' if step == 'arrive alone' else ''}"
                     there.append(name)
-                    who.arrive(name, alone=name.endswith("alone"))
+                    guests.arrive(name, alone=name.endswith("alone"))
                     await settled()
-                elif step == "leave" and who.inside:
-                    name = who.inside[which % len(who.inside)]
+                elif step == "leave" and guests.inside:
+                    name = guests.inside[which % len(guests.inside)]
                     there.remove(name)
-                    await who.leave(name)
-                elif step == "give up" and (waiting := [name for name in there if name not in who.inside]):
+                    await guests.leave(name)
+                elif step == "give up" and (waiting := [name for name in there if name not in guests.inside]):
                     name = waiting[which % len(waiting)]
                     there.remove(name)
-                    await who.give_up(name)
-                alone = [name for name in who.inside if name.endswith("alone")]
-                assert not alone or len(who.inside) == 1
-                assert who.inside or not there
-            while there:  # everybody gets in and out
-                await until(lambda: who.inside, within_s=1, what="somebody enters")
-                there.remove(name := who.inside[0])
-                await who.leave(name)
+                    await guests.give_up(name)
+                alone = [name for name in guests.inside if name.endswith("alone")]
+                assert not alone or len(guests.inside) == 1
+                assert guests.inside or not there
+            while there:  # every task acquires and releases the lock
+                await until(lambda: guests.inside, within_s=1, what="a task has the lock")
+                there.remove(name := guests.inside[0])
+                await guests.leave(name)
 
     asyncio.run(play())

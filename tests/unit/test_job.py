@@ -1,4 +1,4 @@
-"""What user code reports of its costs, and how they reach the result."""
+"""Costs reported by user code, and their way into the result."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Award policies and what is learned, played out in small worlds without a bus."""
+"""Award policies and learning, simulated in small worlds without a bus."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,7 +14,8 @@ from support.builders import ad, envelope
 
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.match.scoring import AuctionContext, award
+from loom.phases.match.ranked_bids import award
+from loom.phases.match.scoring import AuctionContext
 from loom.schemas.auction import Bid
 from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.learning.reward import Reward
@@ -32,7 +33,7 @@ def known(node_id: str, mean: float, count: int) -> NodeProfile:
 
 
 def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], float]) -> list[str]:
-    """Return who wins each task in turn, when everybody's work is judged before the next one comes."""
+    """Return the winner of each task in turn; all work is judged before the next task."""
     profiles: dict[str, NodeProfile] = {}
     winners = []
     for number in range(tasks):
@@ -86,7 +87,7 @@ def test_sixty_failures_in_a_row_do_not_all_go_to_one_node() -> None:
     assert max(had.values()) <= 20
 
 
-def test_a_node_that_fails_loses_its_share_within_tens_of_tasks_whatever_it_claims() -> None:
+def test_a_failing_node_loses_its_share_within_tens_of_tasks_despite_its_claims() -> None:
     bids = {"failing": Bid(node_id="failing", self_rating=1.0), "good": Bid(node_id="good", self_rating=0.5)}
     winners = awarded(100, bids, lambda _number, winner: float(winner == "good"))
 
@@ -102,7 +103,7 @@ def test_a_node_that_begins_to_fail_loses_its_share_within_tens_of_tasks() -> No
     assert winners[120:].count("turning") <= 18
 
 
-# -- load is weighed, and is no trump
+# -- load is weighed, and not decisive
 
 
 @given(st.floats(0, 0.99), st.floats(0, 0.4), st.floats(0.5, 0.6), st.integers(20, 120))
@@ -149,7 +150,7 @@ def test_an_idle_novice_is_tried_a_few_times_and_then_leaves_the_work_to_a_bette
 # -- the benchmark's own figures
 
 
-def test_a_world_is_the_same_for_the_same_seed_and_specialists_drop_silently() -> None:
+def test_a_world_is_the_same_for_the_same_random_seed_and_specialists_drop_silently() -> None:
     world, again = (World(7, Setting(drop=0.45, tasks=300)) for _ in range(2))
     specialist = world.specialists[2]
 

@@ -127,7 +127,7 @@ def test_a_child_is_deeper_modest_and_shares_no_state_with_its_parent() -> None:
     assert parent.status == "idle"
 
 
-def test_a_child_may_be_made_for_one_domain() -> None:
+def test_a_child_node_may_be_created_for_one_domain() -> None:
     assert LIFE.mitosis(skilled("p", code=0.9), domain="data").capabilities.scores == {"data": 0.5}
 
 
@@ -151,7 +151,7 @@ def test_division_stops_when_the_cluster_is_full() -> None:
     assert made.nodes == [parent, child]
 
 
-def test_retiring_hands_capabilities_to_the_best_complement() -> None:
+def test_a_retiring_node_passes_capabilities_to_the_best_complement() -> None:
     old, alike, other = skilled("old", 3, code=0.9), skilled("alike", 1, code=0.8), skilled("other", 1, code=0.1)
     made = cluster(old, alike, other)
 
@@ -162,7 +162,7 @@ def test_retiring_hands_capabilities_to_the_best_complement() -> None:
     assert alike.capabilities.scores == {"code": 0.8}
 
 
-def test_load_makes_an_heir_less_likely_and_a_busy_one_is_none() -> None:
+def test_load_makes_an_heir_less_likely_and_a_busy_node_is_excluded() -> None:
     old, loaded, free = skilled("old", code=0.9), skilled("loaded", code=0.2), skilled("free", code=0.4)
     loaded.load = 1.0
     assert LIFE.apoptosis(old, cluster(old, loaded, free)) is free

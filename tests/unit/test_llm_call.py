@@ -1,4 +1,4 @@
-"""A phase's question to a model: bounded in time and tokens, asked twice at most, not at all while it is down."""
+"""A model request of a phase: bounded in time and tokens, sent twice at most, and not sent while the model is down."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ QUESTION = CompletionParams(messages=(UserMessage("four"),), json_schema={"type"
 
 
 class Model:
-    """Gives these answers, the last one for ever, or raises them; keeps what it was asked."""
+    """Gives these answers, repeats the last one, or raises them; records its requests."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), list[CompletionParams]()
@@ -57,8 +57,8 @@ async def put(model: Model, **facts: Any) -> LLMAnswer[int]:
 
 
 async def test_an_answer_has_its_token_usage() -> None:
-    told = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
-    assert await put(Model(told)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
+    completion = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
+    assert await put(Model(completion)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
 
 
 @pytest.mark.parametrize("usage", [None, Usage(prompt_tokens=-1), Usage(prompt_tokens=10**20), "many"])
@@ -110,14 +110,14 @@ async def test_a_question_is_not_put_a_third_time() -> None:
         asyncio.CancelledError(),
     ],
 )
-async def test_a_model_that_does_not_answer_is_asked_once(error: BaseException) -> None:
+async def test_a_model_without_an_answer_gets_one_request(error: BaseException) -> None:
     model = Model(error)
     answer = await put(model)
     assert (answer.value, len(model.asked)) == (None, 1)
     assert "sk-1" not in answer.why
 
 
-async def test_an_exception_that_raises_when_it_is_looked_at_is_a_failure_like_any_other() -> None:
+async def test_an_exception_with_a_raising_str_is_a_failure_like_any_other() -> None:
     class Evil(Exception):
         @property
         def status_code(self) -> int:
@@ -127,13 +127,13 @@ async def test_an_exception_that_raises_when_it_is_looked_at_is_a_failure_like_a
     assert (answer.value, answer.why) == (None, "Evil")
 
 
-async def test_a_mistake_goes_along_with_the_second_question() -> None:
+async def test_the_second_request_contains_the_mistake() -> None:
     model = Model("seven", "7")
     await put(model, repair=lambda answer, error: (UserMessage(f"{answer}: {error.message}"),))
     assert [message.content for message in model.asked[1].messages] == ["four", "seven: not a number"]
 
 
-async def test_a_question_takes_no_longer_than_it_may_even_if_its_provider_swallows_the_cancel() -> None:
+async def test_a_request_ends_in_time_even_if_its_provider_swallows_the_cancel() -> None:
     ended = asyncio.Event()
 
     class Deaf(Model):
@@ -183,7 +183,7 @@ async def test_a_question_beyond_the_budget_is_not_put() -> None:
     assert (await put(model, budget=11)).value == 7
 
 
-async def test_the_second_question_has_what_the_first_one_left() -> None:
+async def test_the_second_request_has_the_remaining_budget_of_the_first() -> None:
     first = CompletionResult(content="x", usage=Usage(prompt_tokens=1, completion_tokens=5))
     model = Model(first, "7")
     assert (await put(model, budget=15)).value is None
@@ -198,7 +198,7 @@ def test_without_a_budget_everything_is_affordable() -> None:
 # -- a model that is down
 
 
-async def test_a_model_that_failed_three_times_in_a_row_is_not_asked_for_a_while() -> None:
+async def test_a_model_with_three_failures_in_a_row_gets_no_requests_for_a_while() -> None:
     model = Model(RuntimeError("down"))
     with capture_logs() as logs:
         for _ in range(MAX_FAILURES):
@@ -263,7 +263,7 @@ def test_the_phases_of_a_process_share_the_state_of_a_provider() -> None:
     assert breaker_for(one) is not breaker_for(other)
 
 
-def test_a_provider_that_cannot_be_remembered_is_asked_each_time() -> None:
+def test_a_provider_without_weak_references_gets_every_request() -> None:
     class Slotted:
         __slots__ = ()
         complete = stream = None

@@ -16,15 +16,15 @@ from loom.schemas.task import Accept, PhaseUsage, RunResult
 
 
 class Model:
-    """Says what it is told to, and keeps what it was asked."""
+    """Replies with a fixed text, and records its requests."""
 
-    def __init__(self, says: str) -> None:
+    def __init__(self, reply: str) -> None:
         self.asked: list[CompletionParams] = []
-        self._says = says
+        self._reply = reply
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         self.asked.append(params)
-        return CompletionResult(content=self._says)
+        return CompletionResult(content=self._reply)
 
 
 def answered(task_id: str = "t1", rubric: str | None = None, content: str = "an answer") -> Envelope:
@@ -33,13 +33,13 @@ def answered(task_id: str = "t1", rubric: str | None = None, content: str = "an 
     return awarded(task)
 
 
-async def asked(says: str, **facts: Any) -> tuple[LLMAnswer[Opinion], Model]:
-    model = Model(says)
+async def asked(reply: str, **facts: Any) -> tuple[LLMAnswer[Opinion], Model]:
+    model = Model(reply)
     return await llm_judge.ask(model, answered(**facts), 10), model  # type: ignore[arg-type]  # it never streams
 
 
 @pytest.mark.parametrize(
-    ("says", "found"),
+    ("reply", "found"),
     [
         ('{"score": 0.8, "reason": "good\\n enough"}', Opinion(score=0.8, reason="good enough")),
         ('Here you are:\n```json\n{"score": 1, "reason": ""}\n```', Opinion(score=1.0)),
@@ -54,14 +54,14 @@ async def asked(says: str, **facts: Any) -> tuple[LLMAnswer[Opinion], Model]:
         ('{"score": "high"}', None),
     ],
 )
-async def test_an_opinion_is_read_from_json_or_not_at_all(says: str, found: Opinion | None) -> None:
-    answer, model = await asked(says)
+async def test_an_opinion_is_read_from_json_or_not_at_all(reply: str, found: Opinion | None) -> None:
+    answer, model = await asked(reply)
     assert answer.value == found
     assert len(model.asked) == (1 if found else 2)
 
 
 @pytest.mark.parametrize(
-    ("said", "out_of", "score"),
+    ("raw_score", "out_of", "score"),
     [
         (0, None, 0.0),
         (1, None, 1.0),
@@ -85,8 +85,8 @@ async def test_an_opinion_is_read_from_json_or_not_at_all(says: str, found: Opin
         ([0.8], None, None),
     ],
 )
-def test_another_scale_is_read_only_where_the_judge_names_it(said: Any, out_of: Any, score: float | None) -> None:
-    assert llm_judge.score_of(said, out_of) == score
+def test_another_scale_is_read_only_where_the_judge_names_it(raw_score: Any, out_of: Any, score: float | None) -> None:
+    assert llm_judge.score_of(raw_score, out_of) == score
 
 
 @given(st.text())

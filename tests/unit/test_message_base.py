@@ -1,4 +1,4 @@
-"""What every message has in common: round trips, bounds, and what is refused."""
+"""Rules common to all messages: round trips, bounds, and refusals."""
 
 import contextlib
 import json

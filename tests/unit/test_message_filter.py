@@ -1,4 +1,4 @@
-"""Which messages a tap shows, and how it writes them."""
+"""The messages shown by a tap, and their text."""
 
 import io
 import re
@@ -89,11 +89,11 @@ RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"
 
 
 def through(sieve: MessageFilter, *traffic: TappedMessage) -> list[int]:
-    """Which of the messages pass."""
+    """Return the indexes of the messages that pass."""
     return [index for index, message in enumerate(traffic) if sieve.passes(message)]
 
 
-def test_without_a_wish_everything_passes() -> None:
+def test_a_filter_without_criteria_passes_every_message() -> None:
     assert through(MessageFilter(), hop("t1"), delta("t2"), REWARD, learned("n1")) == [0, 1, 2, 3]
 
 
@@ -149,7 +149,7 @@ def test_every_family_that_concerns_one_phase_has_it() -> None:
 def test_deltas_follow_the_node_that_has_the_task() -> None:
     here = seen(HostAnnouncement(nodes=nodes("n1", "n2")), "host", "local", "h")
     traffic = (
-        delta("t1"),  # nobody has said yet whose it is
+        delta("t1"),  # its node is not known yet
         hop("t1", node="n1"),
         delta("t1"),
         delta("t2"),
@@ -191,8 +191,8 @@ def test_the_number_of_remembered_tasks_is_bounded(monkeypatch: pytest.MonkeyPat
 
 
 @given(st.sampled_from(sorted(SHAPES)).flatmap(lambda family: st.tuples(st.just(family), messages(SHAPES[family]))))
-def test_any_message_can_be_sifted(told: tuple[str, Any]) -> None:
-    family, message = told
+def test_any_message_can_be_filtered(sample: tuple[str, Any]) -> None:
+    family, message = sample
     names = next(each.tokens for each in FAMILIES if each.name == family)
 
     MessageFilter(task="t", phase="match", node="n", domain_token="s").passes(
@@ -225,9 +225,9 @@ def test_a_line_on_a_terminal_fits_and_is_coloured_unless_that_is_not_wanted() -
 # -- small words
 
 
-@pytest.mark.parametrize(("text", "said"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
-def test_a_time_is_written_with_its_unit(text: str, said: float) -> None:
-    assert seconds(text) == said
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
+def test_a_time_is_written_with_its_unit(text: str, expected: float) -> None:
+    assert seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["10", "m", "-1s", "1 h", "1w", "", "9999999999s"])
@@ -237,11 +237,11 @@ def test_other_times_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration_s", "said"),
+    ("duration_s", "expected"),
     [(0.0004, "0.4 ms"), (0.085, "85 ms"), (1.254, "1.25 s"), (63.2, "63 s"), (720, "12 min")],
 )
-def test_durations_have_a_few_figures(duration_s: float, said: str) -> None:
-    assert span(duration_s) == said
+def test_durations_have_a_few_figures(duration_s: float, expected: str) -> None:
+    assert span(duration_s) == expected
 
 
 @given(st.lists(st.floats(min_value=0, max_value=1)))
@@ -253,7 +253,7 @@ def test_a_sparkline_has_a_bar_per_score_and_higher_ones_for_better(scores: list
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
 
 
-def test_a_node_is_asked_for_with_its_owner() -> None:
+def test_a_node_is_selected_with_its_owner() -> None:
     announced = seen(HostAnnouncement(nodes=nodes("coder")), "host", "acme", "h1")
     award = Award(node_id="coder", owner="acme", host_id="h1")
     ad = TaskAd(task_id="t1", description="x")

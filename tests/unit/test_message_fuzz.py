@@ -1,4 +1,4 @@
-"""Nothing a message may hold raises anything but a LoomError, in any decoder or in the pure code behind it."""
+"""Any message raises at most a LoomError, in every decoder and in the pure code behind it."""
 
 import json
 from collections.abc import Callable
@@ -29,9 +29,10 @@ from loom.phases.evaluate import rewards
 from loom.phases.execute.delegation import delegated_envelope, result_for_run
 from loom.phases.execute.run_messages import error_of, request_for, with_result
 from loom.phases.match.award_policies import POLICIES
-from loom.phases.match.offers import OfferReader
+from loom.phases.match.calls.offers import OfferReader
 from loom.phases.match.partial_decoding import to_profile
-from loom.phases.match.scoring import AuctionContext, Awarded, decide
+from loom.phases.match.ranked_bids import Awarded, decide
+from loom.phases.match.scoring import AuctionContext
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
 from loom.phases.sense.estimate import estimate_task
@@ -121,7 +122,7 @@ class Forger:
         return text.encode()
 
     def made(self, shape: Any, read: Callable[[bytes], Any] | None = None) -> Any:
-        """Return a message that can be read; None when none came up."""
+        """Return a decodable message, or None without one."""
         for _ in range(8):
             try:
                 return (read or (lambda raw: decode(raw, shape)))(self.body(shape))
@@ -282,7 +283,7 @@ def hosts(forger: Forger) -> None:
 
 
 class Ack(msgspec.Struct):
-    """What a server answers to a stored message."""
+    """The answer of a server to a stored message."""
 
     stream: str = ""
     seq: int = 0
@@ -314,7 +315,7 @@ def test_any_message_leads_to_loom_errors_only(target: Callable[[Forger], None],
 
 
 @pytest.mark.parametrize("count", [0, 1, 2**53 - 1])
-def test_a_stored_profile_whose_counts_do_not_fit_its_scores_goes_on_learning(count: int) -> None:
+def test_a_stored_profile_with_inconsistent_counts_continues_to_learn(count: int) -> None:
     scores = [[f"t{n}:1", 1.0, float(n)] for n in range(4)]
     stored = {"node_id": "n", "domains": {"code": {"scores": scores, "count": count, "mean": 1.0}}}
     reward = Reward(

@@ -1,4 +1,4 @@
-"""What the command line prints: printable, on one line, and an answer only once."""
+"""The output of the command line: printable, on one line, and an answer only once."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from loom.schemas.task import TaskAd
 
 
 @given(st.text(), st.integers(min_value=1, max_value=50))
-def test_one_line_is_one_line_no_longer_than_asked_and_steers_no_terminal(text: str, most: int) -> None:
+def test_one_line_is_within_its_length_and_has_no_control_characters(text: str, most: int) -> None:
     line = one_line(text, most)
 
     assert len(line) <= most
@@ -45,8 +45,12 @@ def test_line_breaks_and_tabs_are_printable_and_escapes_are_not() -> None:
         ([], "good night", "good night\n"),
         ([(1, "good ")], "good night", "good night\n"),  # the last piece was lost
         ([(1, "night")], "good night", "night\ngood night\n"),  # the first was
-        ([(1, "let me see. "), (1, "good night\n")], "good night", "let me see. good night\n"),  # said on the way
-        ([(1, "good "), (2, "good day")], "good day", "good \ngood day\n"),  # another node began anew
+        (
+            [(1, "let me see. "), (1, "good night\n")],
+            "good night",
+            "let me see. good night\n",
+        ),  # written before the result
+        ([(1, "good "), (2, "good day")], "good day", "good \ngood day\n"),  # another node started again
         ([(1, "a long story")], "a long", "a long story\n"),  # the result was cut
     ],
 )
@@ -67,7 +71,7 @@ def test_every_kind_of_message_has_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "headers", "said"),
+    ("family", "headers", "expected"),
     [
         ("", {}, ("?", "loom.new.thing", "7 bytes")),
         ("result", {}, ("result", "t1", "7 bytes")),
@@ -75,7 +79,7 @@ def test_every_kind_of_message_has_words() -> None:
     ],
 )
 def test_an_unreadable_message_is_still_described(
-    family: str, headers: dict[str, str], said: tuple[str, str, str]
+    family: str, headers: dict[str, str], expected: tuple[str, str, str]
 ) -> None:
     tokens = {"task_id": "t1"} if family else {}
     seen = TappedMessage(
@@ -88,7 +92,7 @@ def test_an_unreadable_message_is_still_described(
         size=7,
     )
 
-    assert describe(seen) == said
+    assert describe(seen) == expected
     assert as_object(seen)["raw"] == b"\xff\x00 ?!.."
 
 
@@ -98,7 +102,7 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
 
 
 @pytest.mark.parametrize(
-    ("phase", "facts", "said"),
+    ("phase", "facts", "expected"),
     [
         ("sense", {"split": PART}, 'subtask end of report with left, right: "do it"'),
         ("sense", {"split": replace(PART, subtask=None, inputs={})}, 'delegated by report: "do it"'),
@@ -110,19 +114,19 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
         ("scale", {"award": AWARD}, "awarded to bob (0.00, 0 bids)"),
     ],
 )
-def test_each_step_of_a_division_is_described(phase: str, facts: dict[str, Any], said: str) -> None:
+def test_each_step_of_a_division_is_described(phase: str, facts: dict[str, Any], expected: str) -> None:
     envelope = Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0, **facts)
     tokens = {"task_id": "t1", "phase": phase}
     seen = TappedMessage(subject="", family="task", tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
 
-    assert describe(seen)[2] == said
+    assert describe(seen)[2] == expected
 
 
 PARKED = PlanTimeout(envelope=Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0))
 
 
 @pytest.mark.parametrize(
-    ("family", "notice", "said"),
+    ("family", "notice", "expected"),
     [
         ("later", PARKED, "divided: parked for its subtasks, at most 50 s"),
         ("task", PARKED, "the deadline has passed before all of its subtasks had ended"),
@@ -130,11 +134,11 @@ PARKED = PlanTimeout(envelope=Envelope(ad=TaskAd(task_id="t1", description="do i
         ("task", ParentEnded(task_id="t1"), "has ended, and so have its subtasks"),
     ],
 )
-def test_each_notice_about_a_division_is_described(family: str, notice: Notice, said: str) -> None:
+def test_each_notice_about_a_division_is_described(family: str, notice: Notice, expected: str) -> None:
     tokens = {"task_id": "t1", "phase": "scale"} if family == "task" else {"task_id": "t1", "origin": "timer"}
     seen = TappedMessage(subject="", family=family, tokens=tokens, message=notice, headers={}, at=10.0, size=1)
 
-    assert describe(seen)[2] == said
+    assert describe(seen)[2] == expected
 
 
 async def test_work_ends_with_the_connection_it_needs() -> None:

@@ -1,4 +1,4 @@
-"""Newcomers of one owner share one newcomer's chance: many names are no advantage."""
+"""Newcomers of one owner share one newcomer's chance: many names give no advantage."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.newcomers import WEIGHED_FOR_S, Newcomers
-from loom.phases.match.scoring import AuctionContext, award, score
+from loom.phases.match.ranked_bids import award
+from loom.phases.match.scoring import AuctionContext, score
 from loom.schemas.auction import Award, Bid
 from loom.schemas.envelope import Envelope, FailedAttempt
 from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
@@ -112,7 +113,7 @@ def test_failing_names_with_late_judgements_win_the_share_of_one(
 
 
 def test_among_the_nodes_of_one_owner_each_has_its_own_chance() -> None:
-    """Names are an advantage over other owners only: a cluster of one named owner learns as one of `local` does."""
+    """Names are an advantage over other owners only: a cluster of one named owner learns like one of `local`."""
 
     def picks(owner: str) -> float:
         luck = {"a": 0.9, "b": 0.4, "c": 0.2}

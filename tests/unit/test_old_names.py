@@ -138,7 +138,7 @@ def test_a_runtime_takes_its_arguments_by_position_and_makes_loops_and_nodes_of_
     assert rt.amoeba_loop().cluster is rt.cluster
 
 
-def test_a_skill_whose_tools_are_not_there_is_not_loaded() -> None:
+def test_a_skill_with_missing_tools_is_not_loaded() -> None:
     rt = Runtime(OpenAIProvider(AgentConfig(api_key="test")))
 
     with pytest.raises(loom.LoomError, match="not in the skill_registry: search"):
@@ -149,6 +149,6 @@ def test_a_skill_whose_tools_are_not_there_is_not_loaded() -> None:
             call()
 
 
-def test_an_ad_that_asks_for_nothing_is_still_refused() -> None:
+def test_an_ad_without_work_is_still_refused() -> None:
     with pytest.raises(InvalidTask):
         LoopContext().to_ad()

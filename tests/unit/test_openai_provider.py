@@ -100,7 +100,7 @@ async def test_the_request_has_every_given_parameter(server: OpenAIServer, provi
     assert asked.body["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
-async def test_an_answer_of_a_schema_can_be_asked_for(provider: OpenAIProvider) -> None:
+async def test_a_schema_of_the_answer_can_be_requested(provider: OpenAIProvider) -> None:
     schema = {
         "type": "object",
         "properties": {"complexity": {"type": "number"}, "domains": {"type": "array", "items": {"type": "string"}}},
@@ -110,11 +110,11 @@ async def test_an_answer_of_a_schema_can_be_asked_for(provider: OpenAIProvider) 
     assert msgspec.json.decode(result.content) == sample(schema) == {"complexity": 0.5, "domains": ["general"]}
 
 
-@pytest.mark.parametrize("told", [(-1, 3), (1.5, 3), ("7", "3"), ([], {}), (None, None)])
+@pytest.mark.parametrize("counts", [(-1, 3), (1.5, 3), ("7", "3"), ([], {}), (None, None)])
 async def test_nonsense_about_usage_does_not_spoil_an_answer(
-    server: OpenAIServer, provider: OpenAIProvider, told: tuple[Any, Any]
+    server: OpenAIServer, provider: OpenAIProvider, counts: tuple[Any, Any]
 ) -> None:
-    usage = dict(zip(("prompt_tokens", "completion_tokens"), told, strict=True))
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), counts, strict=True))
     choice = {"index": 0, "message": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}
     server.script(Reply(body=json.dumps({"choices": [choice], "usage": usage})))
     result = await provider.complete(ASK)

@@ -1,4 +1,4 @@
-"""What the record of a task shows of its phases."""
+"""Phase events read from the record of a task."""
 
 import pytest
 from msgspec.structs import replace
@@ -98,7 +98,7 @@ def test_a_phase_that_had_the_task_twice_in_an_attempt_is_reported_once() -> Non
 
 
 class Watched:
-    """A handle whose record is given, or cannot be read."""
+    """A handle with a given or an unreadable record."""
 
     task_id = "t"
 
@@ -136,7 +136,7 @@ async def test_an_attempt_is_read_until_its_claim_is_stored_and_then_no_more() -
     assert handle.reads == 3
 
 
-async def test_an_attempt_whose_claim_is_never_seen_is_not_read_forever() -> None:
+async def test_an_attempt_without_a_claim_is_not_read_forever() -> None:
     news, handle = watching(running(1, "sense", "match"))
     for _ in range(100):
         assert await news.of_attempt(2) == []

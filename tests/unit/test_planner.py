@@ -27,7 +27,7 @@ AD = TaskAd(task_id="t", domain="code", description="build it", estimated_comple
 
 
 class Scripted:
-    """A provider that gives these answers, the last one for ever, or raises them, and keeps what it was asked."""
+    """A provider that gives these answers, repeats the last one, or raises them, and records its requests."""
 
     def __init__(self, *answers: str | Exception) -> None:
         self.answers = answers or ("",)
@@ -163,7 +163,7 @@ async def test_a_long_plan_loses_no_part_and_no_dependency() -> None:
         '[{"id": "a", "description": "x", "estimated_complexity": "high"}]',
         '[{"id": "a", "description": "x", "estimated_complexity": NaN}]',
         json.dumps(plan(part("a"), part("a"))),
-        json.dumps(plan(part("a", "nobody"))),
+        json.dumps(plan(part("a", "missing"))),
         json.dumps(plan(part("a", "b"), part("b", "a"))),
     ],
 )
@@ -175,7 +175,7 @@ async def test_an_answer_of_no_use_leaves_the_task_whole(answer: str) -> None:
 
 
 @pytest.mark.timeout(5)
-async def test_a_nest_of_brackets_is_given_up_at_once() -> None:
+async def test_deeply_nested_brackets_are_refused_at_once() -> None:
     (whole,) = await decompose("[" * 100_000)
 
     assert whole.description == "build it"
@@ -188,7 +188,7 @@ def test_no_text_breaks_the_reader(text: str) -> None:
         parse_plan(text)
 
 
-async def test_the_model_is_asked_for_json_of_the_plan() -> None:
+async def test_the_request_has_the_json_schema_of_the_plan() -> None:
     provider = Scripted(json.dumps(plan(part("a"))))
     await TaskPlanner(provider).decompose("just words")
 
@@ -200,7 +200,7 @@ async def test_the_model_is_asked_for_json_of_the_plan() -> None:
 
 
 async def test_a_bad_plan_is_sent_back_once_with_its_faults() -> None:
-    bad_plan = json.dumps(plan(part("a", "nobody")))
+    bad_plan = json.dumps(plan(part("a", "missing")))
     provider = Scripted(bad_plan, json.dumps(plan(part("a"), part("b", "a"))))
     subtasks = await TaskPlanner(provider).decompose(AD)
 
@@ -208,7 +208,7 @@ async def test_a_bad_plan_is_sent_back_once_with_its_faults() -> None:
     first, second = provider.asked
     assert second.messages[: len(first.messages)] == first.messages
     assert second.messages[-2].content == bad_plan
-    assert "subtask a has the unknown dependency nobody" in second.messages[-1].content
+    assert "subtask a has the unknown dependency missing" in second.messages[-1].content
 
 
 async def test_a_model_that_takes_too_long_leaves_the_task_whole() -> None:
@@ -234,7 +234,7 @@ async def test_a_providers_error_reaches_the_caller() -> None:
 
 
 class Runner:
-    """Executes subtasks as told and keeps what each was given."""
+    """Executes subtasks, fails the named ones, and records the inputs of each."""
 
     def __init__(self, *, failing: Sequence[str] = (), raising: BaseException | None = None) -> None:
         self.failing, self.raising = failing, raising
@@ -252,7 +252,7 @@ class Runner:
 planner = TaskPlanner(Scripted())
 
 
-async def test_dependents_get_the_outputs_they_asked_for_and_no_others() -> None:
+async def test_dependents_get_the_outputs_of_their_dependencies_and_no_others() -> None:
     runner = Runner()
     results = await planner.execute_dag([part("c", "a", "b"), part("a"), part("b", "a"), part("d")], runner)
 
@@ -349,7 +349,7 @@ async def test_a_task_with_only_failed_parts_fails_with_its_cost() -> None:
     assert provider.asked == []
 
 
-async def test_empty_outputs_are_no_outputs() -> None:
+async def test_empty_outputs_count_as_missing() -> None:
     answer = await TaskPlanner(Scripted("fine")).aggregate(AD, {"a": good("a", " "), "b": bad("b")})
 
     assert code_of(answer) == "subtask_failed"
@@ -402,7 +402,7 @@ def test_a_plan_is_found_behind_brackets_of_prose() -> None:
     assert [part.id for part in parse_plan(prose + '{"subtasks": [{"id": "a", "description": "do it"}]}')] == ["a"]
 
 
-async def test_an_executor_that_takes_the_subtask_alone_is_refused_before_anything_runs() -> None:
+async def test_an_executor_without_an_argument_for_inputs_is_refused_before_any_run() -> None:
     ran: list[str] = []
 
     async def alone(subtask: SubTask) -> TaskResult:

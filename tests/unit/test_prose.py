@@ -1,4 +1,4 @@
-"""The prose of source and pages: words that a stranger understands, and sentences of a bearable length.
+"""The prose of source and pages: plain words, and sentences of a bounded length.
 
 Run as a script, with tests/ on PYTHONPATH, this file lists what breaks the rules: `python tests/unit/test_prose.py
 [FILE]…`.
@@ -13,11 +13,21 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from support.prose import ROOT, SOURCE, Passage, length, modules, passages_of_module, passages_of_page
+from support.prose import (
+    ROOT,
+    SOURCE,
+    TESTS,
+    Passage,
+    length,
+    modules,
+    names_of_tests,
+    passages_of_module,
+    passages_of_page,
+)
 
 DIALECT = re.compile(
     r"\b(?:whoever|somebody|nobody|anybody|everybody|told|tells|said|says|heard|hears|fares|anew|for ever|beside"
-    r"|(?<!random )seeds?(?!-)"
+    r"|(?<!random )seeds?(?![-:])"
     r"|(?<!there )(?:is|are|was|were) no(?! (?:longer|more|less|later|earlier|different)\b) \w+)\b",
     flags=re.IGNORECASE,
 )
@@ -27,7 +37,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!.]*.md")))
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a folder has, or may have, of what the rules forbid."""
+    """The amounts of forbidden prose that a folder has or may have."""
 
     dialect: float = 0.5
     """Words of dialect per 1,000 words."""
@@ -46,6 +56,11 @@ def passages_of(folder: str) -> list[Passage]:
     if folder == "pages":
         return list(chain.from_iterable(map(passages_of_page, PAGES)))
     return list(chain.from_iterable(map(passages_of_module, modules(folder))))
+
+
+def passages_of_tests(path: Path) -> list[Passage]:
+    """The names of a module's tests, its docstrings and its comments; literals may be test data."""
+    return [*names_of_tests(path), *passages_of_module(path, with_literals=False)]
 
 
 def dialect(passages: Iterable[Passage]) -> list[str]:
@@ -80,11 +95,18 @@ def measured(passages: list[Passage]) -> Limits:
 
 @pytest.mark.parametrize("folder", [*SOURCE, "pages"])
 def test_words_of_dialect_are_rare(folder: str) -> None:
-    """Plain words are searchable and translatable: name the subject, and say what happens on the machine."""
+    """Plain words are searchable and translatable: sentences name their subject, and describe the machine."""
     passages = passages_of(folder)
     limit = LIMITS.dialect
 
     assert measured(passages).dialect <= limit, "\n".join([f"more than {limit} per 1,000 words:", *dialect(passages)])
+
+
+@pytest.mark.parametrize("folder", TESTS)
+def test_names_docstrings_and_comments_of_tests_have_no_word_of_dialect(folder: str) -> None:
+    lines = dialect(chain.from_iterable(map(passages_of_tests, modules(folder))))
+
+    assert not lines, "\n".join(["plain words, please:", *lines])
 
 
 @pytest.mark.parametrize("folder", [*SOURCE, "pages"])
@@ -117,6 +139,7 @@ def test_no_sentence_has_more_than_40_words(folder: str) -> None:
         ("The `told` flag and bus/told.py are identifiers.", 0),
         ("Besides, a random seed is fine.", 0),
         ("The seed's formula stands beside it.", 2),
+        ("seed: Start of the random numbers.", 0),
     ],
 )
 def test_dialect_is_counted_in_prose_alone(text: str, count: int) -> None:
@@ -165,12 +188,25 @@ def test_a_module_has_docstrings_comments_and_literals(tmp_path: Path, monkeypat
 
     assert found >= {(1, "Module.", True), (3, "More.", True), (6, "first: A value.", True), (9, "why", False)}
     assert not any(text == "one" for _, text, _ in found)
+    assert not any("words" in passage.text for passage in passages_of_module(module, with_literals=False))
+
+
+def test_the_name_of_a_test_is_read_as_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("support.prose.ROOT", tmp_path)
+    module = tmp_path / "test_module.py"
+    module.write_text("def test_nobody_is_told(): ...\n\n\ndef told(): ...\n", encoding="utf-8")
+
+    assert len(dialect(passages_of_tests(module))) == 2
 
 
 if __name__ == "__main__":
     named = [Path(name).resolve() for name in sys.argv[1:]]
-    files = [*PAGES, *chain.from_iterable(map(modules, SOURCE))]
+    files = [*PAGES, *chain.from_iterable(map(modules, (*SOURCE, *TESTS)))]
     for path in named or files:
-        prose = list((passages_of_page if path.suffix == ".md" else passages_of_module)(path))
-        for line in [*dialect(prose), *longer(prose, LONG)]:
+        if path.is_relative_to(ROOT / "tests"):
+            lines = dialect(passages_of_tests(path))
+        else:
+            prose = list((passages_of_page if path.suffix == ".md" else passages_of_module)(path))
+            lines = [*dialect(prose), *longer(prose, LONG)]
+        for line in lines:
             print(line)

@@ -49,7 +49,7 @@ async def test_a_self_hosted_server_needs_no_key(server: OpenAIServer, monkeypat
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     provider = OpenAIProvider()
 
-    assert (await provider.complete(ASK)).content == "You said: How do you do?"
+    assert (await provider.complete(ASK)).content == "You wrote: How do you do?"
     await provider.aclose()
 
 
@@ -85,5 +85,5 @@ def test_one_provider_serves_several_event_loops_and_leaves_nothing_open() -> No
         answers = [asyncio.run(provider.complete(ASK)).content for _ in range(3)]
         gc.collect()
 
-        assert answers == ["You said: How do you do?"] * 3
+        assert answers == ["You wrote: How do you do?"] * 3
         assert len(provider._clients._clients) == 1

@@ -42,16 +42,16 @@ async def test_silence_is_tried_again(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("ReadTimeout", "sent nothing"), ("ReadError", "connection"), ("ConnectTimeout", "be reached")]
+    ("name", "reason"), [("ReadTimeout", "sent nothing"), ("ReadError", "connection"), ("ConnectTimeout", "be reached")]
 )
 async def test_an_error_the_library_lets_through_is_understood(
-    server: OpenAIServer, provider: OpenAIProvider, name: str, said: str
+    server: OpenAIServer, provider: OpenAIProvider, name: str, reason: str
 ) -> None:
     await provider.complete(ASK)
     error = type(name, (Exception,), {"__module__": "httpx"})()
     fault = provider._fault(error)
 
-    assert said in fault.error.message
+    assert reason in fault.error.message
     assert fault.retryable
 
 

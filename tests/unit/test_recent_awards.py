@@ -1,12 +1,13 @@
-"""What MATCH holds against a node because it has just awarded something to it."""
+"""Recent awards of MATCH to each node: held for the length of a run, and pending until the reward."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import ad, envelope
 
+from loom.phases.match.ranked_bids import Awarded
 from loom.phases.match.recent_awards import MAX_PENDING_S, SWEEP_EVERY_S, RecentAwards
-from loom.phases.match.scoring import AWARD_TO_RUN_S, Awarded
+from loom.phases.match.scoring import AWARD_TO_RUN_S
 from loom.schemas.auction import Award, Bid
 
 

@@ -76,18 +76,18 @@ def test_no_environment_makes_short_texts_secrets(environment: dict[str, str]) -
 
 
 class Odd(Exception):
-    def __init__(self, said: object) -> None:
-        self.said = said
+    def __init__(self, text: object) -> None:
+        self.text = text
 
     def __str__(self) -> str:
-        if isinstance(self.said, BaseException):
-            raise self.said
-        return self.said  # type: ignore[return-value]  # what users do
+        if isinstance(self.text, BaseException):
+            raise self.text
+        return self.text  # type: ignore[return-value]  # what users do
 
 
-@pytest.mark.parametrize("said", [ValueError("x"), KeyboardInterrupt(), SystemExit(), GeneratorExit(), 42, None])
-def test_an_exception_without_a_usable_str_is_described_by_its_type(said: object) -> None:
-    assert log_fields.summary(Odd(said)).startswith("Odd: (its __str__ raised ")
+@pytest.mark.parametrize("text", [ValueError("x"), KeyboardInterrupt(), SystemExit(), GeneratorExit(), 42, None])
+def test_an_exception_without_a_usable_str_is_described_by_its_type(text: object) -> None:
+    assert log_fields.summary(Odd(text)).startswith("Odd: (its __str__ raised ")
 
 
 def test_a_long_text_of_an_exception_is_neither_read_nor_shown_whole() -> None:

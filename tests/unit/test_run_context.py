@@ -9,7 +9,7 @@ from support.agents import JOB
 from loom import Agent, CompletionParams, CompletionResult, Job
 from loom.agents.function_agent import FunctionAgent
 from loom.agents.protocol import StreamingAgent, collect
-from loom.agents.run_context import RunContext, current_run, entered
+from loom.agents.run_context import RunContext, as_current_run, current_run
 from loom.schemas.events import AgentEvent, Done
 from loom.schemas.llm import Usage
 from loom.schemas.run import RunRequest
@@ -74,7 +74,7 @@ async def test_an_agent_within_a_function_reports_its_tokens_to_the_calling_run(
         return (await Agent(Model()).run(text)).content
 
     recorder = Recorder()
-    with entered(recorder):
+    with as_current_run(recorder):
         await collect(FunctionAgent(answer), JOB)
     assert recorder.reports == [12]
 
@@ -86,12 +86,12 @@ async def test_the_costs_that_a_job_reports_are_those_of_the_calling_run() -> No
         return "fine"
 
     recorder = Recorder()
-    with entered(recorder):
+    with as_current_run(recorder):
         await collect(FunctionAgent(answer), JOB)
     assert recorder.reports == [3, 7]
 
 
 async def test_outside_of_runs_there_is_no_current_run() -> None:
-    with entered(Recorder()):
+    with as_current_run(Recorder()):
         assert current_run() is not None
     assert current_run() is None

@@ -18,7 +18,7 @@ END = RunEvent(seq=9, kind="result", result=RunResult(content="x"))
 BAD = b'{"seq":1,"kind":"delta","event":{"type":"text_delta","text":5}}'
 
 
-def test_an_event_may_come_alone_and_several_in_their_order() -> None:
+def test_a_message_has_one_event_or_several_in_order() -> None:
     delta = RunEvent(seq=8, kind="delta", event=TextDelta(text="x"))
     assert read_events(encode(END)) == (END,)
     assert read_events(encode([delta, END])) == (delta, END)

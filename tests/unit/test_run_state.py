@@ -1,4 +1,4 @@
-"""What a run shows of its tasks, from messages that may be late, lost, or somebody else's."""
+"""The progress of the tasks of `loom run`, from messages that may be late, lost, or of other submitters."""
 
 from io import StringIO
 from typing import Any
@@ -61,27 +61,27 @@ def result(name: str, node: str = "coder") -> TaskResult:
 
 
 def test_nodes_with_the_same_name_are_distinguished_by_owner() -> None:
-    told = board("one")
+    state = board("one")
     award = Award(node_id="coder", owner="acme", host_id="h")
-    moved = Envelope(ad=told.rows["one"].ad, award=award, deadline=9.0)
-    told.see(seen(moved, "task", "execute", "normal", "one"))
-    assert told.rows["one"].node == "acme.coder"
-    told.end(TaskResult(task_id="one", state="succeeded", node_id="coder", owner="acme", attempts=1))
-    told.see(learned("coder", "one"))
-    assert not told.learned, "that was the node of another owner"
+    moved = Envelope(ad=state.rows["one"].ad, award=award, deadline=9.0)
+    state.see(seen(moved, "task", "execute", "normal", "one"))
+    assert state.rows["one"].node == "acme.coder"
+    state.end(TaskResult(task_id="one", state="succeeded", node_id="coder", owner="acme", attempts=1))
+    state.see(learned("coder", "one"))
+    assert not state.learned, "that was the node of another owner"
     profile = NodeProfile(node_id="coder", owner="acme")
     news = Lifecycle(kind="learned", node_id="coder", owner="acme", at=1.0, task_ids=("one",), profile=profile)
-    told.see(seen(news, "lifecycle", "adapt", "learned", "acme", "coder"))
-    assert told.learned
-    assert set(told.profiles) == {"coder", "acme.coder"}
+    state.see(seen(news, "lifecycle", "adapt", "learned", "acme", "coder"))
+    assert state.learned
+    assert set(state.profiles) == {"coder", "acme.coder"}
 
 
 def test_a_task_is_followed_through_its_phases() -> None:
-    told = board("one")
-    ad = told.rows["one"].ad
+    state = board("one")
+    ad = state.rows["one"].ad
     call = call_for_bids(task_id="one")
 
-    lines = [line(told.rows["one"])]
+    lines = [line(state.rows["one"])]
     for message in (
         seen(Submission(ad=ad, submission="s"), "intake", "public", "normal", "one"),
         seen(call, "auction", "code"),
@@ -91,7 +91,7 @@ def test_a_task_is_followed_through_its_phases() -> None:
         hop("execute", node="other", attempt=2),
         seen(result("one", "other"), "result", "public", "one"),
     ):
-        row = told.see(message)
+        row = state.see(message)
         if row is not None:
             lines.append(line(row))
 
@@ -104,60 +104,60 @@ def test_a_task_is_followed_through_its_phases() -> None:
         "one  execute  on other  attempt 2",
         "one  succeeded  on other",
     ]
-    assert {key: award.node_id for key, award in told.awards.items()} == {("one", 1): "coder", ("one", 2): "other"}
+    assert {key: award.node_id for key, award in state.awards.items()} == {("one", 1): "coder", ("one", 2): "other"}
 
 
-def test_late_messages_and_other_peoples_tasks_change_nothing() -> None:
-    told = board("one", "two")
-    told.see(hop("execute", node="coder", attempt=2))
-    told.see(hop("execute", name="two", node="coder"))
-    told.end(result("two"))
+def test_late_messages_and_foreign_tasks_change_nothing() -> None:
+    state = board("one", "two")
+    state.see(hop("execute", node="coder", attempt=2))
+    state.see(hop("execute", name="two", node="coder"))
+    state.end(result("two"))
 
-    assert told.see(hop("evaluate", attempt=1, node="slow")) is None
-    assert told.see(hop("evaluate", name="two", node="coder")) is None
-    assert told.see(hop("match", name="three")) is None
-    assert told.see(reward("three", "coder")) is None
-    assert told.end(result("two")) is None
-    assert (told.rows["one"].phase, told.rows["one"].node) == ("execute", "coder")
-    assert told.rows["two"].phase == "succeeded"
-    assert told.rewards == {}
+    assert state.see(hop("evaluate", attempt=1, node="slow")) is None
+    assert state.see(hop("evaluate", name="two", node="coder")) is None
+    assert state.see(hop("match", name="three")) is None
+    assert state.see(reward("three", "coder")) is None
+    assert state.end(result("two")) is None
+    assert (state.rows["one"].phase, state.rows["one"].node) == ("execute", "coder")
+    assert state.rows["two"].phase == "succeeded"
+    assert state.rewards == {}
 
 
 def test_the_text_of_a_node_is_shown_until_the_next_attempt() -> None:
-    told = board("one")
-    told.see(hop("execute", node="coder"))
+    state = board("one")
+    state.see(hop("execute", node="coder"))
     for n, text in enumerate(("good ", "night")):
         delta = Delta(task_id="one", attempt=1, seq=n, event=TextDelta(text=text))
-        assert told.see(seen(delta, "delta", "public", "one")) is None
-    assert told.rows["one"].tail == "good night"
+        assert state.see(seen(delta, "delta", "public", "one")) is None
+    assert state.rows["one"].tail == "good night"
 
-    told.see(hop("match", attempt=2))
+    state.see(hop("match", attempt=2))
 
-    assert told.rows["one"].tail == ""
+    assert state.rows["one"].tail == ""
 
 
 def test_all_is_learned_once_every_reward_is_in_its_nodes_profile() -> None:
-    told = board("one", "two")
-    assert told.learned
+    state = board("one", "two")
+    assert state.learned
 
-    told.end(result("one", "coder"))  # its reward may be heard later, or never
-    assert not told.learned
-    told.see(reward("two", "writer"))
-    told.see(learned("coder", "one", "somebody-elses"))
-    assert not told.learned
-    told.see(learned("writer", "two"))
-    assert told.learned
+    state.end(result("one", "coder"))  # its reward may arrive later, or never
+    assert not state.learned
+    state.see(reward("two", "writer"))
+    state.see(learned("coder", "one", "foreign"))
+    assert not state.learned
+    state.see(learned("writer", "two"))
+    assert state.learned
 
-    told.see(learned("stranger", "somebody-elses"))
-    assert set(told.profiles) == {"coder", "writer"}
+    state.see(learned("stranger", "foreign"))
+    assert set(state.profiles) == {"coder", "writer"}
 
 
 def test_a_table_too_high_shows_the_running_tasks() -> None:
-    told = board(*(f"t{number}" for number in range(9)))
-    told.end(result("t0"))
-    told.see(hop("execute", name="t8", node="coder"))
+    state = board(*(f"t{number}" for number in range(9)))
+    state.end(result("t0"))
+    state.see(hop("execute", name="t8", node="coder"))
 
-    table = live_table(told, 3)
+    table = live_table(state, 3)
 
     assert table.row_count == 3
     assert next(iter(table.columns[0].cells)) == "t8"
@@ -167,10 +167,10 @@ def test_a_table_too_high_shows_the_running_tasks() -> None:
 def test_a_terminal_gets_a_table_and_a_pipe_gets_lines() -> None:
     shown = []
     for terminal in (True, False):
-        told = board("one")
+        state = board("one")
         screen = Console(file=StringIO(), force_terminal=terminal, width=80, height=20, highlight=False)
-        with Progress(told, screen) as progress:
-            progress.changed(told.see(hop("execute", node="coder")))
+        with Progress(state, screen) as progress:
+            progress.changed(state.see(hop("execute", node="coder")))
         assert isinstance(screen.file, StringIO)
         shown.append(screen.file.getvalue())
 
@@ -189,22 +189,24 @@ def part(name: str, *, of: str, ended: bool = False) -> TappedMessage:
 
 
 def test_a_divided_task_shows_how_far_its_parts_are() -> None:
-    told = board("one")
-    row = told.rows["one"]
-    told.see(hop("scale", node="coder"))
+    state = board("one")
+    row = state.rows["one"]
+    state.see(hop("scale", node="coder"))
     lines = [
-        line(row) for message in (part("c1", of="one"), part("c2", of="one"), part("c3", of="two")) if told.see(message)
+        line(row)
+        for message in (part("c1", of="one"), part("c2", of="one"), part("c3", of="two"))
+        if state.see(message)
     ]
-    assert told.see(part("c1", of="one", ended=True)) is row
-    assert told.see(part("c1", of="one", ended=True)) is None  # said twice
+    assert state.see(part("c1", of="one", ended=True)) is row
+    assert state.see(part("c1", of="one", ended=True)) is None  # received twice
 
     assert lines == [
         "one  scale  on coder  0 of 1 begun subtasks done",
         "one  scale  on coder  0 of 2 begun subtasks done",
     ]
     assert line(row) == "one  scale  on coder  1 of 2 begun subtasks done"
-    assert list(told.domains.values()) == ["代码"]
-    told.see(hop("execute", node="coder"))
+    assert list(state.domains.values()) == ["代码"]
+    state.see(hop("execute", node="coder"))
     assert line(row) == "one  execute  on coder"
-    told.see(seen(ParentEnded(task_id="one"), "task", "scale", "normal", "one"))
+    state.see(seen(ParentEnded(task_id="one"), "task", "scale", "normal", "one"))
     assert line(row) == "one  execute  on coder"

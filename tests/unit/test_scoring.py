@@ -9,18 +9,9 @@ from support.auctions import key
 from support.builders import ad, envelope
 
 from loom.phases.match.award_policies import POLICIES, Trust
-from loom.phases.match.offers import HostOffer
-from loom.phases.match.scoring import (
-    AllBusy,
-    AuctionContext,
-    Awarded,
-    Exhausted,
-    NoOffers,
-    award,
-    decide,
-    score,
-    tie_break,
-)
+from loom.phases.match.calls.offers import HostOffer
+from loom.phases.match.ranked_bids import AllBusy, Awarded, Exhausted, NoOffers, award, decide, tie_break
+from loom.phases.match.scoring import AuctionContext, score
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
@@ -79,7 +70,7 @@ def test_evidence_is_looked_up_by_slug_whatever_the_wording() -> None:
     assert score(chinese, H1, Bid(node_id="n1"), knowing(known), 8).count == 8
 
 
-def test_a_claim_that_failed_often_loses_to_a_modest_one() -> None:
+def test_a_high_self_rating_with_many_failures_loses_to_a_modest_one() -> None:
     boaster, modest = Bid(node_id="boaster", self_rating=1.0), Bid(node_id="modest", self_rating=0.5)
     profiles = {"boaster": profile("boaster", 30, 0.0), "modest": profile("modest", 30, 0.9)}
     assert award(env(), [(H1, boaster), (H2, modest)], AuctionContext(profiles)).node_id == "modest"
@@ -210,7 +201,7 @@ def test_an_award_names_the_winning_bid() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
-def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many(value: float) -> None:
+def test_a_policy_with_trust_out_of_range_is_refused_even_for_one_bid(value: float) -> None:
     book = AuctionContext(policy=lambda known: Trust(value if known.node_id == "n30" else 0.5), policy_name="mine:odd")
     with pytest.raises(ValueError, match="mine:odd"):
         award(env(), [(key("h"), Bid(node_id=f"n{number}")) for number in range(40)], book)

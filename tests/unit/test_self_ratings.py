@@ -53,7 +53,7 @@ def test_a_rating_that_is_not_a_number_from_0_to_1_is_refused(capabilities: Any,
     assert rt.cluster.nodes == []
 
 
-def test_a_node_takes_its_domains_alone_in_any_wording() -> None:
+def test_a_node_with_domains_accepts_only_these_in_any_wording() -> None:
     node = Runtime().add_agent(echo, domains=["Code", "代码"], capabilities={"code": 0.9, "law": 0.9})
 
     assert [node.takes(domain) for domain in ("code", " CODE ", "代码", "数据", "law", "general")] == [True] * 3 + [
@@ -84,7 +84,7 @@ def test_domains_that_name_nothing_are_refused(domains: Any, sentence: str) -> N
         Runtime().add_agent(echo, domains=domains)
 
 
-def test_a_rating_of_0_is_not_taken() -> None:
+def test_a_domain_rated_0_is_refused() -> None:
     node = AgentNode(capabilities=CapabilityProfile(scores={"code": 0.0}))
     assert not node.takes("code")
     assert node.takes("sales")

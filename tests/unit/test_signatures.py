@@ -1,4 +1,4 @@
-"""What is taken as an agent, and what it is given."""
+"""The objects accepted as agents, and their arguments."""
 
 import functools
 import threading
@@ -79,7 +79,7 @@ def subclass(text: Words) -> str:
         lambda task: task,
     ],
 )
-def test_the_text_is_given_where_text_is_meant(fn: Callable[..., Any]) -> None:
+def test_an_argument_for_text_gets_the_text(fn: Callable[..., Any]) -> None:
     assert takes_text(fn)
 
 
@@ -112,7 +112,7 @@ def postponed_job(x: "RunRequest") -> str:
         lambda run: run,
     ],
 )
-async def test_the_job_is_given_where_the_job_is_meant(fn: Callable[..., Any]) -> None:
+async def test_an_argument_for_the_job_gets_the_job(fn: Callable[..., Any]) -> None:
     assert not takes_text(fn)
 
 
@@ -136,7 +136,7 @@ class Named(Protocol):
 
 
 class OwnJob(Job, frozen=True, kw_only=True):
-    """A user's own class of jobs."""
+    """A job class of a user."""
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_function_that_wants_neither_text_nor_a_job_is_refused(kind: Any, show
 
 
 @pytest.mark.parametrize("kind", [object, Named, OwnJob, RunRequest | int, "Unfound", TypeVar("T")])
-def test_the_job_is_given_where_it_may_be_meant(kind: Any) -> None:
+def test_an_ambiguous_argument_gets_the_job(kind: Any) -> None:
     def wants(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         return x
 
@@ -232,7 +232,7 @@ async def test_a_function_may_yield_events_among_its_text() -> None:
         ((Done(content="all of it"),), "all of it"),
     ],
 )
-async def test_a_done_has_the_last_word_over_the_text_of_a_function(items: tuple[Any, ...], content: str) -> None:
+async def test_a_done_event_overrides_the_text_of_a_function(items: tuple[Any, ...], content: str) -> None:
     def pieces(text: str) -> Iterator[Any]:
         yield from items
 
@@ -250,10 +250,10 @@ async def test_a_done_longer_than_a_result_is_cut() -> None:
 
 
 async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its_text() -> None:
-    told: list[Any] = []
+    events: list[Any] = []
 
-    async def tell(event: Any) -> None:
-        told.append(event)
+    async def report(event: Any) -> None:
+        events.append(event)
 
     def steps(text: str) -> Iterator[Any]:
         yield {"type": "reasoning_delta", "text": "hm"}
@@ -262,11 +262,11 @@ async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its
         yield {"type": ["unhashable"]}
         yield {"type": "done", "usage": {"prompt_tokens": 3}}
 
-    result = await collect(as_agent(steps), JOB, tell)
+    result = await collect(as_agent(steps), JOB, report)
 
     assert result.content == 'count to 3{"type":"greeting"}{"type":["unhashable"]}'
     assert result.prompt_tokens == 3
-    assert ReasoningDelta(text="hm") in told
+    assert ReasoningDelta(text="hm") in events
 
 
 async def test_a_mapping_with_a_field_of_the_wrong_type_fails_the_run_of_a_function() -> None:

@@ -1,4 +1,4 @@
-"""The sizes of folders, modules and functions: what is small is found and read at once."""
+"""Limits on the sizes of folders, modules and functions, so that code is found and read quickly."""
 
 import ast
 import os

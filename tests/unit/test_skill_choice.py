@@ -1,4 +1,4 @@
-"""Which skill a task calls for, where skills have no trigger."""
+"""The choice of a skill for a task, for skills without a trigger."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ async def chosen(model: Choosing, text: str, *skills: Skill) -> list[Skill | Non
     return [first, chooser.choose(wanted(text))]
 
 
-async def test_the_model_chooses_and_its_answer_is_there_for_the_next_request() -> None:
+async def test_the_choice_of_the_model_is_cached_for_the_next_request() -> None:
     model = Choosing('{"skill": "data analyst"}')
 
     assert await chosen(model, "anything", *SKILLS) == [None, ANALYST]
@@ -77,7 +77,7 @@ async def test_words_decide_where_the_model_cannot_answer() -> None:
     assert await chosen(Choosing(RuntimeError("down")), "find trends in these sales", *SKILLS) == [None, ANALYST]
 
 
-async def test_one_task_is_asked_about_once_while_the_model_thinks() -> None:
+async def test_one_task_causes_one_request_while_the_model_works() -> None:
     model = Choosing('{"skill": "coder"}')
     chooser = SkillChooser(registry(*SKILLS), model)  # type: ignore[arg-type]  # it does not stream
     choices = [chooser.choose(wanted("sort")) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Which node a request makes of the skills there are."""
+"""The node that a request creates from the known skills."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from loom.types import AgentNode, Skill, SkillTrigger
 
 
 class Model:
-    """Says what it was told."""
+    """Replies with the texts of its messages."""
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         return CompletionResult(content=" / ".join(str(message.content) for message in params.messages))
@@ -77,7 +77,7 @@ def test_without_instructions_the_description_is_the_prompt_or_else_the_configs(
     assert (described.agent.system_prompt, plain.agent.system_prompt) == ("writes queries", "You are one of many.")
 
 
-def test_a_skill_gets_the_tools_it_names_and_only_one_with_the_required_ones_is_taken() -> None:
+def test_a_skill_gets_its_named_tools_and_must_have_the_required_ones() -> None:
     best, able = skill("best", "sql"), skill("able", "sql", "query", tools=["search", "search"])
     registry = registry_of(best, able, tools=[search])
 

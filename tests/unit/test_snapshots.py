@@ -32,7 +32,7 @@ def part(node: str, through: int, nodes: int = 2) -> Snapshot:
     )
 
 
-def test_a_rebuild_begins_at_the_oldest_finished_round_that_is_still_followed_by_everything() -> None:
+def test_a_rebuild_starts_at_the_oldest_finished_round_with_all_later_rewards() -> None:
     rounds = [part("a", 10), part("b", 10), part("a", 20), part("b", 20), part("a", 30), part("b", 30)]
     assert start_of(rounds, 11).seq == 10
     assert start_of(rounds, 12).seq == 20
@@ -47,15 +47,13 @@ def test_an_unfinished_round_is_not_a_starting_point() -> None:
 
 def test_a_snapshot_does_not_change_a_known_profile() -> None:
     known = NodeProfile(node_id="a", last_seq=3, total_tasks=3)
-    told = snapshot_of(NodeProfile(node_id="a", last_seq=9, total_tasks=99), 9, 1)
-    assert apply_reward(known, told, 10) is known
+    snapshot = snapshot_of(NodeProfile(node_id="a", last_seq=9, total_tasks=99), 9, 1)
+    assert apply_reward(known, snapshot, 10) is known
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1e8, 1e10), st.integers(0, 9_999_999))
-def test_the_snapshot_of_a_node_that_knows_all_it_may_is_a_message(
-    scores: list[float], ended_at: float, attempt: int
-) -> None:
-    """However many judge, and whatever they are called."""
+def test_the_snapshot_of_a_full_profile_fits_a_message(scores: list[float], ended_at: float, attempt: int) -> None:
+    """Any number of sources fits, with the longest names."""
     profile, seq = NodeProfile(node_id="n" * 64), 0
     for domain in range(MAX_DOMAINS):
         domain_token = f"{domain:064}"
@@ -76,7 +74,7 @@ def test_the_snapshot_of_a_node_that_knows_all_it_may_is_a_message(
     )
 
 
-def test_a_profile_from_before_entries_held_words_is_read() -> None:
+def test_a_profile_without_scores_by_source_is_read() -> None:
     old = b'{"node_id":"a","last_seq":3,"domains":{"code":{"scores":[["t:1:rules",1.0,2.5]],"count":1,"mean":1.0}}}'
     profile = decode(old, NodeProfile)
     assert profile.domains["code"].scores == (Score(attempt_id="t:1:rules", score=1.0, ended_at=2.5),)

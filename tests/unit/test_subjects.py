@@ -1,4 +1,4 @@
-"""Subjects: built and read in one place, and nothing gets into one that changes its shape."""
+"""Subjects: built and parsed in one place, and closed to tokens that change their shape."""
 
 import string
 
@@ -83,7 +83,7 @@ def test_a_foreign_subject_is_not_parsed(subject: str) -> None:
     assert subjects.parse(subject) is None
 
 
-def test_a_task_is_found_where_the_subject_names_one() -> None:
+def test_a_subject_that_names_a_task_gives_its_id() -> None:
     parsed = subjects.parse("loom.task.match.high.t-1")
     assert parsed is not None
     assert parsed.task_id == "t-1"

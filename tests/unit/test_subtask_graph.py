@@ -37,7 +37,7 @@ def part(name: str, *needs: str, **facts: Any) -> Subtask:
 
 
 def ended(plan: SplitPlan, name: str, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
-    """The record of a subtask's task once it is over."""
+    """Return the record of an ended subtask."""
     (one,) = [each for each in plan.subtasks if each.id == name]
     child = subtask_graph.child_envelope(plan, one, {}, 0.0)
     error = None if state == "succeeded" else TaskError(code=facts.pop("code", "agent_failed"), message="no")
@@ -86,7 +86,7 @@ def test_every_plan_ends_and_every_subtask_starts_after_its_dependencies(
     begun: list[str] = [each.id for each in subtask_graph.running_subtasks(plan)]
     while plan.state == "running":
         running = subtask_graph.running_subtasks(plan)
-        assert running, "a running plan that waits for nobody would wait for ever"
+        assert running, "a running plan without running subtasks would never end"
         one = dice.choice(running)
         for need in one.dependencies:
             assert by_name(plan)[need].state == "succeeded"
@@ -94,7 +94,7 @@ def test_every_plan_ends_and_every_subtask_starts_after_its_dependencies(
         record = ended(plan, one.id, state, tokens=dice.randint(0, one.grant or 0))
         after = subtask_graph.record_child(plan, record)
         assert after != plan
-        assert subtask_graph.record_child(after, record) == after, "told twice"
+        assert subtask_graph.record_child(after, record) == after, "recorded twice"
         new = [each.id for each in subtask_graph.running_subtasks(after) if each.id not in {old.id for old in running}]
         assert set(new) <= {each.id for each in subtask_graph.unblocked_by(after, record.task_id)}
         begun += new
@@ -327,7 +327,7 @@ def test_a_nested_part_is_deeper_and_has_the_inputs_of_its_parent() -> None:
 
 
 def largest_plan() -> tuple[Subtask, ...]:
-    """64 subtasks that take all a plan may, in characters that are long in JSON."""
+    """Return 64 subtasks of the largest allowed size, in characters that are long in JSON."""
     return tuple(part(f"s{n}", domain="d", estimated_complexity=0.1) for n in range(64))
 
 
@@ -375,7 +375,7 @@ def test_a_plan_may_be_given_as_a_list_as_an_object_or_as_text() -> None:
 
 
 @given(dags(), st.randoms(use_true_random=False), st.booleans())
-def test_a_plan_that_is_done_takes_in_the_ends_of_its_subtasks_and_changes_nothing_else(
+def test_a_done_plan_records_ends_of_subtasks_and_changes_nothing_else(
     parts: Sequence[Subtask],
     dice: random.Random,
     parent_ended: bool,

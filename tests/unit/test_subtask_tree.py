@@ -1,4 +1,4 @@
-"""A task's parts as a tree: whole, indented, and never longer than a screen bears."""
+"""A task's parts as a tree: complete, indented, and bounded in length."""
 
 import io
 from typing import Any
@@ -50,8 +50,8 @@ def part(name: str, state: str = "waiting", *after: str, **facts: Any) -> Subtas
 
 def found(task_id: str, phase: str = "", state: Any = "running", node: str = "", **facts: Any) -> FoundTask:
     claim = Claim(attempt=1, node_id=node) if node else Claim()
-    told = {"envelope": envelope(task_id), **facts}
-    return FoundTask(TaskRecord(task_id=task_id, state=state, claim=claim, admitted_at=1000.0, **told), phase)
+    fields = {"envelope": envelope(task_id), **facts}
+    return FoundTask(TaskRecord(task_id=task_id, state=state, claim=claim, admitted_at=1000.0, **fields), phase)
 
 
 def test_a_running_plan_shows_running_nodes_and_waiting_dependencies() -> None:

@@ -1,4 +1,4 @@
-"""What a client may submit, how it is told what is wrong, and how a domain becomes a token."""
+"""Ads: the accepted fields, the errors for wrong ones, and the token of a domain."""
 
 import json
 import unicodedata
@@ -37,7 +37,7 @@ BAD: dict[str, tuple[bytes, str | None]] = {
     "wrong type": (_ad(domain=7), "domain"),
     "wrong type inside": (_ad(required_tools=["ok", 7]), "required_tools"),
     "too many labels": (_ad(labels={str(n): "" for n in range(17)}), "labels"),
-    "a label that is no text": (_ad(labels={"n": 1}), "labels"),
+    "a label that is not a text": (_ad(labels={"n": 1}), "labels"),
     "labels that are too long": (_ad(labels={"tenant": "x" * 2048}), "labels"),
     "a tool without a name": (_ad(tools_allowed=[""]), "tools_allowed"),
     "a required tool that is not allowed": (_ad(required_tools=["a", "b"], tools_allowed=["a"]), "required_tools"),
@@ -101,7 +101,7 @@ def test_json_may_submit_every_ad_of_python(ad: TaskAd) -> None:
 PYTHON_ONLY: dict[str, tuple[dict[str, Any], str | None]] = {
     "not a number": ({"context": {"a": float("nan")}}, "context"),
     "an object": ({"context": {"a": object()}}, "context"),
-    "a context that is no object": ({"context": ["a"]}, "context"),
+    "a context that is not an object": ({"context": ["a"]}, "context"),
     "a number for a text": ({"description": 7}, "description"),
     "no description": ({"description": None}, "description"),
     "a bad id": ({"task_id": "a.b"}, "task_id"),
@@ -126,7 +126,7 @@ def test_an_ad_built_in_python_is_held_to_the_same_rules(what: str) -> None:
     assert caught.value.field == field
 
 
-def test_an_ad_of_exactly_the_limit_is_taken() -> None:
+def test_an_ad_of_exactly_the_limit_is_accepted() -> None:
     short = TaskAd(task_id="t", description="x")
     ad = TaskAd(task_id="t", description="x" * (1 + MAX_AD_BYTES - len(encode(short))))
     assert len(encode(ad)) == MAX_AD_BYTES
@@ -135,7 +135,7 @@ def test_an_ad_of_exactly_the_limit_is_taken() -> None:
         parse_ad(encode(ad) + b" ")
 
 
-def test_nested_parts_come_through() -> None:
+def test_nested_parts_round_trip() -> None:
     ad = parse_ad(_ad(accept={"contains": ["x"]}, limits={"max_depth": 1, "mitosis_threshold": 0.5}))
     assert ad.accept == Accept(contains=("x",))
     assert ad.limits == Limits(max_depth=1, mitosis_threshold=0.5)

@@ -1,4 +1,4 @@
-"""What a record tells about a task's way."""
+"""The timeline of a task, from its record."""
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ TRIP = ("match", "scale", "execute", "evaluate")
 
 
 def envelope(*phases: str, attempt: int = 1, **fields: object) -> Envelope:
-    """One whose hops each take 1 s after waiting 2 s, handed in at 1000."""
+    """Return an envelope, submitted at 1000, whose hops each wait 2 s and work 1 s."""
     hops = tuple(
         Hop(phase=phase, instance=f"i-{phase}", started=1002.0 + 3 * n, finished=1003.0 + 3 * n, step=n)  # type: ignore[arg-type]
         for n, phase in enumerate(phases)
@@ -23,10 +23,10 @@ def envelope(*phases: str, attempt: int = 1, **fields: object) -> Envelope:
     return Envelope(ad=ad, deadline=1300.0, hops=hops, attempt=attempt, **fields)  # type: ignore[arg-type]
 
 
-def record(told: Envelope, *, ended_at: float | None = None, **fields: object) -> TaskRecord:
+def record(env: Envelope, *, ended_at: float | None = None, **fields: object) -> TaskRecord:
     state = "running" if ended_at is None else "succeeded"
     given: dict[str, object] = {"state": state, "admitted_at": 1001.0, **fields}
-    return TaskRecord(task_id="t1", envelope=told, ended_at=ended_at, **given)  # type: ignore[arg-type]
+    return TaskRecord(task_id="t1", envelope=env, ended_at=ended_at, **given)  # type: ignore[arg-type]
 
 
 def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Reward:
@@ -44,9 +44,9 @@ def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Re
 
 
 def test_waiting_and_working_are_separate_and_the_end_is_computed() -> None:
-    told = turns(record(envelope("sense", *TRIP[:3]), ended_at=1016.0))
+    shown = turns(record(envelope("sense", *TRIP[:3]), ended_at=1016.0))
 
-    assert [(turn.phase, turn.at_s, turn.waited_s, turn.worked_s) for turn in told] == [
+    assert [(turn.phase, turn.at_s, turn.waited_s, turn.worked_s) for turn in shown] == [
         ("sense", 2.0, 2.0, 1.0),
         ("match", 5.0, 2.0, 1.0),
         ("scale", 8.0, 2.0, 1.0),
@@ -56,9 +56,9 @@ def test_waiting_and_working_are_separate_and_the_end_is_computed() -> None:
 
 
 def test_a_cancelled_task_was_with_the_phase_after_its_last_hop() -> None:
-    told = turns(record(envelope("sense", *TRIP[:2]), ended_at=1016.0, state="cancelled"))
+    shown = turns(record(envelope("sense", *TRIP[:2]), ended_at=1016.0, state="cancelled"))
 
-    assert [turn.phase for turn in told] == ["sense", "match", "scale", "execute"]
+    assert [turn.phase for turn in shown] == ["sense", "match", "scale", "execute"]
 
 
 def test_a_running_task_has_the_turns_it_had() -> None:
@@ -74,26 +74,26 @@ def test_a_subtask_begins_with_its_admission() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "numbers"),
+    ("env", "numbers"),
     [
         (envelope("sense", *TRIP[:3]), [1, 1, 1, 1]),
         (envelope("sense", *TRIP, *TRIP[:3], attempt=2), [1, 1, 1, 1, 1, 2, 2, 2]),
         (envelope("sense", *TRIP, attempt=2), [1, 1, 1, 1, 1]),  # on its way back to MATCH
-        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE hands back
+        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE returns the task
     ],
 )
-def test_hops_belong_to_attempts(told: Envelope, numbers: list[int]) -> None:
-    assert attempts(told) == numbers
+def test_hops_belong_to_attempts(env: Envelope, numbers: list[int]) -> None:
+    assert attempts(env) == numbers
 
 
 def test_with_dropped_hops_the_attempts_count_from_both_ends() -> None:
-    told = Envelope(ad=TaskAd(task_id="t1", description="x"), deadline=1300.0, attempt=40)
+    env = Envelope(ad=TaskAd(task_id="t1", description="x"), deadline=1300.0, attempt=40)
     for step, phase in enumerate(("sense", *TRIP * 39, *TRIP[:3])):
         hop = Hop(phase=phase, instance="i", started=1.0 * step, finished=1.0 * step, step=step)  # type: ignore[arg-type]
-        told = told.with_hop(hop)
+        env = env.with_hop(hop)
 
-    numbers = attempts(told)
-    gaps = [index for index, turn in enumerate(turns(record(told))) if turn.after_gap]
+    numbers = attempts(env)
+    gaps = [index for index, turn in enumerate(turns(record(env))) if turn.after_gap]
 
     assert len(numbers) == MAX_HOPS
     assert (numbers[0], numbers[-1]) == (1, 40)
@@ -105,9 +105,9 @@ def test_with_dropped_hops_the_attempts_count_from_both_ends() -> None:
 @pytest.mark.slow
 @given(messages(TaskRecord))
 def test_any_record_has_a_timeline(any_record: TaskRecord) -> None:
-    told = turns(any_record)
+    shown = turns(any_record)
 
-    assert all(turn.worked_s >= 0 and turn.at_s >= 0 and turn.attempt >= 1 for turn in told)
+    assert all(turn.worked_s >= 0 and turn.at_s >= 0 and turn.attempt >= 1 for turn in shown)
     tries(any_record, [])
 
 

@@ -130,7 +130,7 @@ def test_fields_next_to_a_call_are_kept() -> None:
         ('{"a": 5}', '{"a": 5}'),
     ],
 )
-def test_arguments_in_another_form_become_an_object(written: str, plain: str) -> None:
+def test_arguments_of_another_form_become_an_object(written: str, plain: str) -> None:
     assert plain_arguments(written) == plain
 
 
@@ -150,7 +150,7 @@ def test_calls_without_end_are_a_failure(fragments: list[dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize("identity", [None, "x"])
 @pytest.mark.parametrize("piece", ["xxxxxxxxx}", "xxxxxxxxxx", ""])
-def test_a_name_in_each_of_many_fragments_takes_little_time(identity: str | None, piece: str) -> None:
+def test_names_in_many_fragments_are_joined_fast(identity: str | None, piece: str) -> None:
     began = time.thread_time()
     fragments = [call(0, identity, "add", '{"a":"')] + [call(0, identity, "add", piece)] * 15_000
 

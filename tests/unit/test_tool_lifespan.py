@@ -1,4 +1,4 @@
-"""What tools need open: opened once, closed by the task that opened it, opened again where it broke."""
+"""Resources of tools: opened once, closed by the opening task, and reopened after a failure."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ CONTEXT = ToolContext(task_id="t1", attempt=1, remaining_s=10)
 
 
 class Server:
-    """Counts what is opened and closed; where `fault` is set, opening or closing raises it."""
+    """Counts openings and closings; if `fault` is set, opening or closing raises it."""
 
     def __init__(self) -> None:
         self.opened: list[asyncio.Task[Any] | None] = []
@@ -46,7 +46,7 @@ def using(life: Lifespan[int], name: str = "use") -> Tool:
     return Tool(name=name, schema={}, call=lambda _arguments, _context: life.value, lifespan=life)
 
 
-async def test_one_opening_serves_all_tools_and_ends_in_the_task_it_began_in() -> None:
+async def test_one_opening_serves_all_tools_and_closes_in_its_own_task() -> None:
     server = Server()
     life = server.life()
     tools = [using(life, "a"), using(life, "b")]
@@ -106,7 +106,7 @@ async def _cancel_when(event: asyncio.Event, task: "asyncio.Task[Any]") -> None:
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-async def test_a_call_that_finds_it_lost_has_it_opened_again_for_the_next_one(threaded: bool) -> None:
+async def test_a_call_that_finds_a_lost_resource_reopens_it_for_the_next_call(threaded: bool) -> None:
     server = Server()
     life = server.life()
     life.reopen()  # nothing is open
@@ -156,7 +156,7 @@ async def test_an_agent_that_cannot_start_all_tools_closes_those_it_started() ->
     assert len(fine.closed) == 1
 
 
-async def test_a_fault_in_closing_is_logged_and_the_others_are_closed() -> None:
+async def test_an_error_on_closing_is_logged_and_other_resources_are_closed() -> None:
     bad, fine = Server(), Server()
     bad.close_fault = OSError("gone")
     tools = [using(bad.life(), "a"), using(fine.life(), "b")]

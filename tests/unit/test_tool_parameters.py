@@ -104,7 +104,7 @@ def by_tuple(x: tuple[int, str]) -> Any:
         (by_tuple, '[1,"a"]', '[1,"a"]'),
     ],
 )
-async def test_a_value_of_any_kind_goes_in_and_comes_out(fn: Any, value: str, text: str) -> None:
+async def test_a_value_of_any_kind_is_passed_in_and_returned(fn: Any, value: str, text: str) -> None:
     made = Tool(fn)
 
     assert await made.run(f'{{"x": {value}}}', CONTEXT) == ToolResult(text)
@@ -125,7 +125,7 @@ async def test_a_field_that_does_not_fit_is_named_to_the_model() -> None:
     assert "$.x.to" in result.text
 
 
-async def test_a_number_as_text_is_taken() -> None:
+async def test_a_number_as_text_is_accepted() -> None:
     def double(n: int) -> int:
         return 2 * n
 
@@ -259,7 +259,7 @@ async def test_the_context_is_passed_under_every_annotation(fn: Any) -> None:
 
 @pytest.mark.parametrize("fn", [plain, optional, annotated])
 @pytest.mark.parametrize("name", ["context", "ctx"])
-async def test_a_context_of_the_models_own_is_refused(fn: Any, name: str) -> None:
+async def test_a_context_from_the_model_is_refused(fn: Any, name: str) -> None:
     forged = f'{{"a": 1, "{name}": {{"task_id": "forged", "attempt": 9, "remaining_s": 1}}}}'
     result = await Tool(fn).run(forged, CONTEXT)
 

@@ -1,4 +1,4 @@
-"""Tools that are described by a JSON Schema or a type, such as those of a tool server."""
+"""Tools that are described by a JSON Schema or a type, such as the tools of a tool server."""
 
 import base64
 from collections.abc import AsyncIterator
@@ -121,7 +121,7 @@ def test_a_tool_is_a_function_or_a_schema_with_a_call(parts: Any) -> None:
     ("given", "name"),
     [("files.read", "files_read"), ("read file", "read_file"), ("a/b:c", "a_b_c"), ("plain-1", "plain-1")],
 )
-def test_a_name_is_mended_and_the_given_one_kept(given: str, name: str) -> None:
+def test_a_tool_name_is_sanitised_and_the_original_kept(given: str, name: str) -> None:
     made = make(name=given)
 
     assert (made.name, made.definition.name, made.alias) == (name, name, given)
@@ -193,7 +193,7 @@ async def test_a_result_with_structured_content_alone_becomes_json() -> None:
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"content": "text"}, {"content": [1]}, [{"kind": "a"}]])
-async def test_any_other_value_is_one_as_of_a_function(value: Any) -> None:
+async def test_any_other_value_is_handled_like_the_result_of_a_function(value: Any) -> None:
     assert (await returning(value).run("{}", CONTEXT)).text[0] in "[{"
 
 
@@ -207,7 +207,7 @@ async def test_a_long_result_of_a_tool_server_is_cut() -> None:
 
 
 class Weather(pydantic.BaseModel):
-    """Where and when."""
+    """A place and a time."""
 
     city: str = pydantic.Field(description="in English")
     days: int = 1
@@ -241,7 +241,7 @@ def test_the_docstring_of_the_type_describes_a_tool_without_a_description() -> N
     def of(kind: type) -> str:
         return Tool(name="x", schema=kind, call=lambda _arguments, _context: None).definition.description
 
-    assert (of(Weather), of(Point)) == ("Where and when.", "")
+    assert (of(Weather), of(Point)) == ("A place and a time.", "")
 
 
 @pytest.mark.parametrize("kind", [list[int], object, int])
@@ -250,7 +250,7 @@ def test_a_type_that_is_not_an_object_is_refused(kind: Any) -> None:
         define_tool("x", "", kind, lambda _arguments, _context: None)
 
 
-def test_a_registry_is_taken_where_tools_are(make: MakeAgent) -> None:
+def test_a_registry_is_accepted_wherever_tools_are(make: MakeAgent) -> None:
     registry = ToolRegistry()
 
     @registry.register

@@ -182,7 +182,7 @@ async def test_a_tool_that_cancels_itself_has_failed() -> None:
     assert (await Tool(give_up).run("{}", CONTEXT)).failed
 
 
-async def test_a_slow_tool_is_given_up_after_its_timeout() -> None:
+async def test_a_slow_tool_is_cancelled_after_its_timeout() -> None:
     cleaned_up = asyncio.Event()
 
     @tool(timeout_s=0.05)
@@ -216,7 +216,7 @@ async def test_a_tool_gets_no_more_time_than_the_job_has() -> None:
     assert result.text == "Error: no result within 0.05 s"
 
 
-async def test_the_context_is_given_and_not_part_of_the_schema() -> None:
+async def test_the_context_is_passed_and_not_part_of_the_schema() -> None:
     def where(path: str, context: ToolContext) -> str:
         return f"{context.key} {context.tool_context['root']}/{path}"
 
@@ -269,7 +269,7 @@ def _opaque(thing: _Opaque) -> None: ...
 
 
 @pytest.mark.parametrize("fn", [_postponed, _positional, _variadic, _opaque, lambda: 1, partial(print)])
-def test_a_function_no_model_could_call_is_refused_when_made(fn: Any) -> None:
+def test_a_function_that_models_cannot_call_is_refused_when_made(fn: Any) -> None:
     with pytest.raises(LoomError):
         Tool(fn)
 
@@ -280,7 +280,7 @@ def test_a_tool_without_time_is_refused(seconds: float) -> None:
         Tool(str, name="work", timeout_s=seconds)
 
 
-def test_a_description_is_made_fit_to_be_sent() -> None:
+def test_a_description_is_sanitised() -> None:
     made = Tool(name="work", description="half a pair \ud83d", schema={"type": "object"}, call=lambda _, __: "")
 
     assert made.definition.description == "half a pair ?"

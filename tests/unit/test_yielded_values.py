@@ -1,4 +1,4 @@
-"""What an agent's stream may yield."""
+"""The values that an agent's stream may yield."""
 
 import time
 from collections.abc import AsyncIterator
@@ -28,15 +28,15 @@ class Scripted:
 
 
 async def test_text_that_is_yielded_without_a_done_is_the_answer() -> None:
-    told: list[Any] = []
+    events: list[Any] = []
 
-    async def tell(event: Any) -> None:
-        told.append(event)
+    async def report(event: Any) -> None:
+        events.append(event)
 
-    result = await collect(Scripted("hello ", "wörld"), JOB, tell)
+    result = await collect(Scripted("hello ", "wörld"), JOB, report)
 
     assert result.content == "hello wörld"
-    assert told == [TextDelta(text="hello "), TextDelta(text="wörld")]
+    assert events == [TextDelta(text="hello "), TextDelta(text="wörld")]
 
 
 async def test_a_done_has_the_last_word_over_text_before_it() -> None:
@@ -113,7 +113,7 @@ async def test_a_failure_keeps_its_message_with_any_usage(usage: Any) -> None:
     assert spent.tokens == (10 if usage is NOT_COUNTED else 3)
 
 
-def test_a_field_of_ten_million_characters_takes_little_time() -> None:
+def test_a_field_of_ten_million_characters_is_read_fast() -> None:
     error = InvalidTask("no such file", field="key=" * 2_500_000)
     began = time.thread_time()
 
@@ -162,7 +162,7 @@ async def test_a_stream_that_is_not_iterable_fails_the_run_with_a_sentence() -> 
 
 
 class Words(str):
-    """A text of a library's own class."""
+    """A text of a library's class."""
 
     __slots__ = ()
 

@@ -74,7 +74,7 @@ def live_table(board: RunState, height: int) -> Table:
     failed = sum(row.ended and row.phase != "succeeded" for row in rows)
     if len(rows) > height:
         rows = sorted(rows, key=lambda row: (row.ended, row.phase == "waiting"))[: max(height, 1)]
-    table = table_of(("task", "phase", "node", "says"), ratios={"says": 1})
+    table = table_of(("task", "phase", "node", "output"), ratios={"output": 1})
     table.caption = f"{ended} of {len(board.rows)} done" + (f", {failed} failed" if failed else "")
     for row in rows:
         tail = (_divided(row) or one_line(row.tail[-60:])) if not row.ended else ""

@@ -86,9 +86,9 @@ class HostPresence:
         return self._awaited | others
 
     @property
-    def has_bidding_hosts(self) -> bool:
-        """Whether any present host answers calls."""
-        return len(self) > len(self._plain)
+    def bidding_hosts(self) -> int:
+        """Number of present hosts that answer calls."""
+        return len(self) - len(self._plain)
 
     def is_dropped(self, host: HostKey) -> bool:
         """Return whether a host has missed too many windows and not offset them yet."""
