@@ -1,15 +1,15 @@
 """Applies a reward to the profile of its node. Pure, and equal in every replica and every rebuild."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import merge
-from itertools import takewhile
+from itertools import islice, repeat, takewhile
 from operator import attrgetter
 
 from msgspec.structs import replace
 
 from loom.phases.adapt.change_detection import TEST_EVERY, change_point, recent_change_point
-from loom.phases.adapt.reward_weights import WEIGHTS, attempt_id, is_own, own_scores, scored, source_weight
+from loom.phases.adapt.reward_weights import WEIGHTS, attempt_id, is_own, scored, source_weight
 from loom.schemas.base import total, total_s
 from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.learning.reward import Reward
@@ -56,16 +56,15 @@ def apply_reward(
     """
     if seq <= profile.last_seq or reward.kind == "snapshot":
         return profile
-    profile = replace(profile, last_seq=seq)
     if reward.kind == "reward" and source_weight(reward.source, weights) == 0:
-        return profile
+        return replace(profile, last_seq=seq)
     before = profile.domains.get(reward.domain_token, _NO_EVIDENCE)
     index = _index_of(before, attempt_id(reward))
     known = None if index is None else before.scores[index]
     new = scored(known, reward, weights)
     after = _with_entry(before, index, new, forget=forget)
     if after is before:
-        return profile
+        return replace(profile, last_seq=seq)
     domains = _newest({**profile.domains, reward.domain_token: after})
     is_new_task = reward.kind == "reward" and known is None
     is_revised = reward.kind == "reward" and known is not None and _lost(known) != _lost(new)
@@ -74,6 +73,7 @@ def apply_reward(
         losses = total(losses, 1) if _lost(new) else 0
     return replace(
         profile,
+        last_seq=seq,
         domains=domains,
         success_rate=_success_rate(domains),
         total_tasks=total(profile.total_tasks, 1 if is_new_task else 0),
@@ -101,10 +101,10 @@ def _success_rate(domains: Mapping[str, DomainEvidence]) -> float:
     return (entries - sum([losses_in(evidence) for evidence in domains.values()])) / entries
 
 
-def own_scores_by_age(domains: Mapping[str, DomainEvidence]) -> list[Score]:
-    """Return the entries that a node has earned itself, in all domains, oldest first."""
-    scores = own_scores(score for evidence in domains.values() for score in evidence.scores)
-    return sorted(scores, key=_ended_at)
+def newest_first(domains: Mapping[str, DomainEvidence]) -> Iterator[tuple[str, Score]]:
+    """Yield domain_token and entry for all entries, the newest first; the cost is that of the entries that are read."""
+    windows = [zip(repeat(token), reversed(domains[token].scores)) for token in reversed([*domains])]
+    return merge(*windows, key=lambda entry: -entry[1].ended_at)
 
 
 def _with_entry(evidence: DomainEvidence, index: int | None, new: Score, *, forget: bool) -> DomainEvidence:
@@ -164,9 +164,8 @@ def _lost(score: Score) -> bool:
 
 def _consecutive_losses(domains: Mapping[str, DomainEvidence]) -> int:
     """Return the number of failures after the newest success, among the entries that the node has earned itself."""
-    windows = [reversed(evidence.scores) for evidence in reversed([*domains.values()])]
-    newest = merge(*windows, key=lambda score: -score.ended_at)
-    return sum(1 for _ in takewhile(_lost, filter(is_own, newest)))
+    own = (score for _, score in newest_first(domains) if is_own(score))
+    return sum(1 for _ in takewhile(_lost, own))
 
 
 def change_between(before: NodeProfile, after: NodeProfile) -> str | None:
@@ -190,10 +189,11 @@ def _newest(domains: dict[str, DomainEvidence]) -> dict[str, DomainEvidence]:
 
 def summary(profile: NodeProfile, newest: int = 10) -> NodeProfile:
     """Return a profile small enough to be published: counts, means, and the `newest` scores."""
-    entries = [(token, score) for token, evidence in profile.domains.items() for score in evidence.scores]
-    kept = sorted(entries, key=lambda entry: entry[1].ended_at)[-newest:]
+    kept: dict[str, list[Score]] = {}
+    for token, score in islice(newest_first(profile.domains), newest):
+        kept.setdefault(token, []).append(score)
     domains = {
-        token: replace(evidence, scores=tuple(score for domain, score in kept if domain == token))
+        token: replace(evidence, scores=tuple(reversed(kept.get(token, []))))
         for token, evidence in profile.domains.items()
     }
     return replace(profile, domains=domains)

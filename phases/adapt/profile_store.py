@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from loom.schemas.base import decode, encode
 from loom.schemas.learning.profile import NodeProfile
 
-DECODED_SCORES = 100_000
-"""Most scores of all profiles that are kept decoded; about 20 MB."""
+DECODED_SCORES = 300_000
+"""Most scores of all profiles that are kept decoded; about 60 MB."""
 
 
 class ProfileStore(Mapping[str, NodeProfile]):

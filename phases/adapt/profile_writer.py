@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
@@ -14,11 +15,12 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
 from loom.bus.stored_rewards import SKEW_S
 from loom.bus.topology import stream_state
+from loom.phases.adapt.concurrency import for_each
 from loom.phases.adapt.evidence import apply_reward, change_between, newest_time, summary
 from loom.phases.adapt.profile_store import ProfileStore
 from loom.phases.adapt.rebuild import rebuild
 from loom.phases.adapt.summary_writer import SummaryWriter
-from loom.schemas.base import Undecodable
+from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT, split_qualified
 from loom.schemas.learning.lifecycle import Lifecycle
@@ -179,8 +181,7 @@ class ProfileWriter:
         Raises:
             BusUnavailable: The server has not answered.
         """
-        for key in list(self._unwritten):
-            await self._write(key)
+        await for_each(list(self._unwritten), self._write)
         await self._summaries.write_stale(time.monotonic(), self._unwritten)
         self._flushed_at = time.monotonic()
 
@@ -258,8 +259,11 @@ class ProfileWriter:
     # -- follow the bucket
 
     async def follow(self) -> None:
-        """Adopt profiles that an operator has repaired: they rest on the same rewards as those of this replica."""
-        reader = self._bucket.reader(PROFILE_KEYS)
+        """Adopt profiles that an operator has repaired: they rest on the same rewards as those of this replica.
+
+        Most values are those that this replica has written, so that a value is decoded only when it is another one.
+        """
+        reader = self._bus.bucket("nodes", msgspec.Raw).reader(PROFILE_KEYS)
         await reader.start()
         generation = 0
         try:
@@ -286,25 +290,23 @@ class ProfileWriter:
         if summary is None or summary.last_seq <= self.read_seq or await self._exceeds_stream(key, summary.last_seq):
             self._mark_summary(key)
 
-    async def _on_entry(self, entry: Entry[NodeProfile]) -> None:
+    async def _on_entry(self, entry: Entry[msgspec.Raw]) -> None:
         own_seq = self._profiles.last_seq(entry.key)
-        if own_seq is None or entry.key in self._unwritten:
+        if own_seq is None or entry.key in self._unwritten or self._revisions.get(entry.key) == entry.revision:
             return
-        if entry.value.key != entry.key:
+        try:
+            stored = decode(bytes(entry.value), NodeProfile)
+        except Undecodable as error:
+            self._bus.discards.add("value_undecodable", reason=error.message, subject=entry.key)
             self._mark(entry.key)
-        elif own_seq == entry.value.last_seq:
-            self._keep(entry)
-        elif entry.value.last_seq > max(own_seq, self.read_seq) and await self._exceeds_stream(
-            entry.key, entry.value.last_seq
-        ):
-            self._mark(entry.key)
-
-    def _keep(self, entry: Entry[NodeProfile]) -> None:
-        """Adopt a stored profile, unless it is the one that this replica has read or written last."""
-        if self._revisions.get(entry.key) == entry.revision:
             return
-        self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
-        self._mark_summary(entry.key)
+        if stored.key != entry.key:
+            self._mark(entry.key)
+        elif own_seq == stored.last_seq:
+            self._profiles[entry.key], self._revisions[entry.key] = stored, entry.revision
+            self._mark_summary(entry.key)
+        elif stored.last_seq > max(own_seq, self.read_seq) and await self._exceeds_stream(entry.key, stored.last_seq):
+            self._mark(entry.key)
 
     def _mark_summary(self, key: str, after_s: float | None = None) -> None:
         """Mark a summary for a check after `after_s` seconds; by default, another replica has time to write it."""

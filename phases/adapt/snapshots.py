@@ -10,6 +10,7 @@ from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.stored_message import StoredMessage
+from loom.phases.adapt.concurrency import CONCURRENT, for_each
 from loom.phases.adapt.lease import acquire_lease
 from loom.phases.adapt.profile_store import ProfileStore
 from loom.phases.adapt.timings import AdaptTimings
@@ -25,8 +26,6 @@ SHARE = 0.25
 """Share of the stream's size limit that may fill between two rounds."""
 ROUND_SHARE = 0.35
 """Share that one round may take: the stream holds a complete round, what came since, and the next round."""
-CONCURRENT = 64
-"""Snapshots that wait for their acknowledgements at a time."""
 OVERHEAD_BYTES = 256
 """Bytes that the server may store for a message in addition to body and subject: headers and its own entry."""
 NEAR = 1000
@@ -122,7 +121,7 @@ class Snapshots:
                 if not await acquire_lease(self._bus, LEASE, self._timings.lease_s):
                     return
                 renewed_at = time.monotonic()
-            await asyncio.gather(*map(self._store, snapshots))
+            await for_each(snapshots, self._store)
         log.info("snapshots_published", nodes=len(profiles), bytes=size, through=through)
 
     async def _store(self, snapshot: Reward) -> None:

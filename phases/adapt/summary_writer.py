@@ -1,13 +1,12 @@
 """Writes the summary of each profile, which is all that MATCH reads of a node."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
-from itertools import islice
 
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.server_errors import Conflict
+from loom.phases.adapt.concurrency import for_each
 from loom.phases.adapt.evidence import losses_in
 from loom.phases.adapt.reward_weights import attempt_id
 from loom.schemas.base import Undecodable
@@ -15,8 +14,6 @@ from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.learning.reward import Reward
 from loom.schemas.learning.summary import SUMMARY_KEYS, DomainSummary, ProfileSummary, summary_key
 
-CONCURRENT = 64
-"""Stale summaries that are written at a time."""
 KEPT_ATTEMPTS = 8
 """Attempts of earlier writes that a summary still names: a reader may miss a value that the next one has replaced."""
 
@@ -135,9 +132,8 @@ class SummaryWriter:
         Raises:
             BusUnavailable: The server has not answered.
         """
-        due = iter([key for key, check_at in self.stale.items() if check_at <= now and key not in unwritten])
-        while keys := list(islice(due, CONCURRENT)):
-            await asyncio.gather(*map(self._write_if_stale, keys))
+        due = [key for key, check_at in self.stale.items() if check_at <= now and key not in unwritten]
+        await for_each(due, self._write_if_stale)
 
     async def _write_if_stale(self, key: str) -> None:
         profile = self._profiles.get(key)

@@ -1,5 +1,6 @@
 """The summaries that ADAPT stores next to the profiles, for MATCH."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -120,3 +121,24 @@ async def test_an_unreadable_summary_leaves_the_known_one(stage: Stage) -> None:
     await until(lambda: match.bus.discards.counts["value_undecodable"], what="the value is left out")
     assert match.service._directory.profiles["n1"].last_seq == 1
     assert match.service._directory.ranking.best("code", 1) == ("n1",)
+
+
+async def test_profiles_of_different_nodes_are_written_side_by_side(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(batch_s=0.3))
+    adapt: Any = await stage.phase("adapt")
+    bucket, both, waiting = adapt.service._writer._bucket, asyncio.Event(), set[str]()
+    update = bucket.update
+
+    async def together(key: str, profile: NodeProfile, revision: int) -> int:
+        waiting.add(key)
+        if len(waiting) == 2:
+            both.set()
+        await both.wait()
+        return int(await update(key, profile, revision))
+
+    monkeypatch.setattr(bucket, "update", together)
+    await publish(stage, reward(1), reward(2, node="n2"))
+    await summarised(stage, 1)
+    assert waiting == {"local.n1", "local.n2"}

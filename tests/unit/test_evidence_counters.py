@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from loom.phases.adapt import evidence as fold
 from loom.phases.adapt.change_detection import RECENT, TEST_EVERY, change_point, recent_change_point
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.retirement_policy import newest_own
 from loom.phases.adapt.reward_weights import attempt_id, own_scores, scored
 from loom.schemas.base import decode, encode
 from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile, Score
@@ -182,3 +183,17 @@ def test_a_window_without_counters_is_counted_once() -> None:
     old = NodeProfile(node_id="n1", domains={"code": DomainEvidence(scores=scores, count=10, mean=0.5)})
     after = apply_reward(old, reward(score=0.0, ended_at=20.0), 1)
     assert (after.domains["code"].losses, after.success_rate) == (6, 5 / 11)
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_newest_entries_are_those_of_a_sort(random: Random) -> None:
+    profile = EMPTY
+    for seq, earned in enumerate(history(random, 60, 20), start=1):
+        profile = apply_reward(profile, replace(earned, ended_at=earned.ended_at // 4), seq)
+    entries = [(token, score) for token, held in profile.domains.items() for score in held.scores]
+    by_age = sorted(entries, key=lambda entry: entry[1].ended_at)
+    assert list(fold.newest_first(profile.domains)) == by_age[::-1]
+    kept = {token: tuple(score for held, score in by_age[-10:] if held == token) for token in profile.domains}
+    assert {token: held.scores for token, held in fold.summary(profile).domains.items()} == kept
+    own = [score.score for _, score in by_age if not score.attempt_id.startswith("inherit:")]
+    assert newest_own(profile) == own[-10:]
