@@ -125,13 +125,11 @@ class AgentNode:
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
         """Return the bid of this node for a task of `domain` (any wording, or its domain_token)."""
-        own = self.tool_names()
-        return auction.Bid(
-            node_id=self.id,
-            self_rating=self.claim(domain),
-            load=unit(self.load),
-            tools=tuple(tool for tool in dict.fromkeys(required_tools) if tool in own),
-        )
+        tools: tuple[str, ...] = ()
+        if required_tools:
+            own = self.tool_names()
+            tools = tuple(tool for tool in dict.fromkeys(required_tools) if tool in own)
+        return auction.Bid(node_id=self.id, self_rating=self.claim(domain), load=unit(self.load), tools=tools)
 
     def tool_names(self) -> set[str]:
         """Return the names of the tools of the node and its agent."""

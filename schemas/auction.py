@@ -1,8 +1,10 @@
 """The messages of an auction, the award, and the announcements of node hosts."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from msgspec import Meta
+import msgspec
+from msgspec import Meta, Raw, field
 
 from loom.schemas.base import CheckedMessage, Count, Message, Name, Names, Note, Ordinal, Seconds, Unit, total
 from loom.schemas.identity import LOCAL_OWNER, qualified
@@ -111,7 +113,7 @@ class Offer(Message, frozen=True, kw_only=True):
     """busy: qualified nodes have no free slot; unqualified: no node qualifies; draining: the host stops."""
 
 
-class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ScoredBid(CheckedMessage, frozen=True, kw_only=True):
     """A bid with the terms of its score."""
 
     node_id: Token
@@ -140,6 +142,17 @@ class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
         return qualified(self.owner, self.node_id)
 
 
+NO_BIDS = Raw(b"[]")
+_raw_bids = msgspec.json.Decoder(tuple[Raw, ...])
+_scored_bid = msgspec.json.Decoder(ScoredBid)
+_scored_bids = msgspec.json.Decoder(Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)])
+
+
+def bids_json(encoded: Iterable[bytes]) -> Raw:
+    """Return the JSON list of encoded `ScoredBid`s, for an award."""
+    return Raw(b"[" + b",".join(encoded) + b"]")
+
+
 class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The winner of an auction, and the best bids."""
 
@@ -148,8 +161,8 @@ class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Owner of the node."""
     host_id: Token
     score: Merit = 0.0
-    bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
-    """Best first."""
+    bids_json: Raw = field(default=NO_BIDS, name="bids")
+    """The best bids as JSON, a list of at most 16 `ScoredBid`s: the phases behind MATCH pass it on undecoded."""
     evidence_seq: Count = 0
     """Sequence of the last reward in the evidence behind the scores."""
     backlog: Count = 0
@@ -161,6 +174,30 @@ class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether the node is plain: one request, and its first reply ends the run."""
     max_run_s: Seconds | None = None
     """Seconds after which a run of a plain node without a reply is lost; absent: the default."""
+
+    @property
+    def bids(self) -> tuple[ScoredBid, ...]:
+        """The best bids, best first; empty if they cannot be decoded, since they only explain the award."""
+        try:
+            bids: tuple[ScoredBid, ...] = _scored_bids.decode(self.bids_json)
+        except (ValueError, RecursionError):
+            return ()
+        return bids
+
+    @property
+    def winning_bid(self) -> ScoredBid | None:
+        """The bid of the winner, decoded without the others; None where it is not the first of the list."""
+        try:
+            bids = _raw_bids.decode(self.bids_json)
+            bid = _scored_bid.decode(bids[0]) if bids else None
+        except (ValueError, RecursionError):
+            return None
+        is_winner = bid is not None and (bid.owner, bid.node_id, bid.host_id) == (
+            self.owner,
+            self.node_id,
+            self.host_id,
+        )
+        return bid if is_winner else None
 
     @property
     def node(self) -> str:

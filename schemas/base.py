@@ -7,8 +7,8 @@ import types
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
+from os import urandom
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
-from uuid import uuid4
 
 import msgspec
 
@@ -77,7 +77,7 @@ def total_s(*seconds: float) -> float:
 
 def new_id() -> str:
     """Return a fresh random id, 32 hex digits."""
-    return uuid4().hex
+    return urandom(16).hex()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -96,20 +96,15 @@ class CheckedMessage(Message, frozen=True, kw_only=True):
     """
 
     def __post_init__(self) -> None:
-        cls = type(self)
-        fields = _bounds.get(cls)
-        if fields is None:
-            fields = _bounds[cls] = _float_fields(cls)
-        for name, ge, le in fields:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            try:
-                fits = ge <= value <= le
-            except TypeError:  # not a number
-                fits = False
-            if not fits:
-                raise self._out_of_range(name, ge, le)
+        in_range = _range_checks.get(type(self))
+        if in_range is None:
+            in_range = _range_checks[type(self)] = _range_check(_float_fields(type(self)))
+        try:
+            if in_range(self):
+                return
+        except TypeError:
+            pass  # not a number
+        raise next(self._out_of_range(*field) for field in _float_fields(type(self)) if not _fits(self, *field))
 
     def _out_of_range(self, name: str, ge: float, le: float) -> ValueError:
         """Return the error for a field that is not a number from `ge` to `le`."""
@@ -118,10 +113,30 @@ class CheckedMessage(Message, frozen=True, kw_only=True):
         return ValueError(f"{type(self).__name__}.{name} must be a number from {ge} to {le}, not {given}")
 
 
-_bounds: dict[type, tuple[tuple[str, float, float], ...]] = {}
-"""Float bounds per class. A plain dict, because `functools.cache` is measurably slower on this hot path."""
+_RangeCheck = Callable[[Any], bool]
+_range_checks: dict[type, _RangeCheck] = {}
+"""Class -> its check. A plain dict, because `functools.cache` is measurably slower on this hot path."""
 
 
+def _range_check(fields: tuple[tuple[str, float, float], ...]) -> _RangeCheck:
+    """Return a function that returns whether the floats of a message are in range; TypeError if one is not a number.
+
+    It is compiled for each class, as `dataclasses` does with `__init__`, because a task builds dozens of messages.
+    """
+    tests = (f"((v := self.{name}) is None or {ge!r} <= v <= {le!r})" for name, ge, le in fields)
+    check: _RangeCheck = eval(f"lambda self: {' and '.join(tests) or 'True'}")  # noqa: S307 - names of declared fields
+    return check
+
+
+def _fits(message: Any, name: str, ge: float, le: float) -> bool:
+    value = getattr(message, name)
+    try:
+        return value is None or ge <= value <= le
+    except TypeError:
+        return False
+
+
+@cache
 def _float_fields(cls: type) -> tuple[tuple[str, float, float], ...]:
     """Return name, least and greatest value of each field of `cls` that is a float or an optional float."""
     found = []

@@ -1,4 +1,4 @@
-"""The times of a node host that an operator or a test may set."""
+"""The times of a node host."""
 
 from dataclasses import dataclass
 

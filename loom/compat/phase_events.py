@@ -98,6 +98,10 @@ def phase_events(record: TaskRecord, *, subtasks: int = 0) -> list[PhaseEvent]:
     for hop, attempt in zip(hops, attempts, strict=True):
         before = seconds.pop((attempt, hop.phase), 0.0)  # MATCH and SCALE may have handled the task several times
         seconds[attempt, hop.phase] = before + hop.finished - hop.started
+        if hop.phase == "match" and (attempt < envelope.attempt or envelope.award is not None):
+            seconds[attempt, "scale"] = seconds.pop(
+                (attempt, "scale"), 0.0
+            )  # reported for each award, although most pass by SCALE
     return [_event(phase, attempt, took, record, subtasks) for (attempt, phase), took in seconds.items()]
 
 

@@ -1,14 +1,18 @@
 """Publishes every profile into the stream of rewards before its head is dropped; a rebuild starts from there."""
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator
+from itertools import islice
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.stored_message import StoredMessage
+from loom.phases.adapt.concurrency import CONCURRENT, for_each
 from loom.phases.adapt.lease import acquire_lease
+from loom.phases.adapt.profile_store import ProfileStore
 from loom.phases.adapt.timings import AdaptTimings
 from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
@@ -19,7 +23,9 @@ from loom.schemas.learning.reward import SNAPSHOTS, Reward, Snapshot
 log = get_logger()
 
 SHARE = 0.25
-"""Share of the stream's size limit that may fill between two rounds; one round itself may take as much."""
+"""Share of the stream's size limit that may fill between two rounds."""
+ROUND_SHARE = 0.35
+"""Share that one round may take: the stream holds a complete round, what came since, and the next round."""
 OVERHEAD_BYTES = 256
 """Bytes that the server may store for a message in addition to body and subject: headers and its own entry."""
 NEAR = 1000
@@ -34,11 +40,11 @@ class Snapshots:
 
     Args:
         bus: A connected bus.
-        profiles: A live read-only view of the profiles, by key.
+        profiles: The live profiles, by key.
         timings: Intervals of ADAPT.
     """
 
-    def __init__(self, bus: Bus, profiles: Mapping[str, NodeProfile], timings: AdaptTimings) -> None:
+    def __init__(self, bus: Bus, profiles: ProfileStore, timings: AdaptTimings) -> None:
         self._bus = bus
         self._timings = timings
         self._profiles = profiles
@@ -100,19 +106,32 @@ class Snapshots:
 
     async def _publish(self) -> None:
         """Publish a round: all profiles of one moment, and the sequence up to which they contain every reward."""
-        through, profiles = self._read_to, dict(self._profiles)
-        snapshots = [snapshot_of(profile, through, len(profiles)) for profile in profiles.values()]
+        through, profiles = self._read_to, self._profiles.copy()
         size = 0
-        for snapshot in snapshots:
-            size += len(encode(snapshot))
+        for snapshot in _snapshots(profiles, through):
+            size += len(encode(snapshot)) + OVERHEAD_BYTES
             await asyncio.sleep(0)  # a large profile takes milliseconds to encode
-        if size > SHARE * self._limit:
+        if size > ROUND_SHARE * self._limit:
             log.warning("snapshots_too_large", bytes=size, limit=self._limit)
             return
-        for snapshot in snapshots:
-            subject = self._bus.subjects.of("reward", ADAPT, snapshot.owner, snapshot.node_id, SNAPSHOTS)
-            await store_once(self._bus, subject, snapshot, msg_id=snapshot.reward_id)
-        log.info("snapshots_published", nodes=len(snapshots), bytes=size, through=through)
+        renewed_at = time.monotonic()
+        rest = _snapshots(profiles, through)
+        while snapshots := list(islice(rest, CONCURRENT)):
+            if time.monotonic() > renewed_at + self._timings.lease_s / 3:
+                if not await acquire_lease(self._bus, LEASE, self._timings.lease_s):
+                    return
+                renewed_at = time.monotonic()
+            await for_each(snapshots, self._store)
+        log.info("snapshots_published", nodes=len(profiles), bytes=size, through=through)
+
+    async def _store(self, snapshot: Reward) -> None:
+        subject = self._bus.subjects.of("reward", ADAPT, snapshot.owner, snapshot.node_id, SNAPSHOTS)
+        await store_once(self._bus, subject, snapshot, msg_id=snapshot.reward_id)
+
+
+def _snapshots(profiles: ProfileStore, through: int) -> Iterator[Reward]:
+    """Yield the snapshot of each profile; only one of them is decoded at a time."""
+    return (snapshot_of(profiles[key], through, len(profiles)) for key in profiles)
 
 
 def snapshot_of(profile: NodeProfile, through: int, nodes: int) -> Reward:

@@ -1,4 +1,4 @@
-"""The times of ADAPT that an operator or a test may set."""
+"""The times of ADAPT."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The times of EVALUATE that an operator or a test may set."""
+"""The times of EVALUATE."""
 
 from dataclasses import dataclass
 

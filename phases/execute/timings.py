@@ -1,4 +1,4 @@
-"""The times of EXECUTE that an operator or a test may set."""
+"""The times of EXECUTE."""
 
 from dataclasses import dataclass
 

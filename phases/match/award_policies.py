@@ -114,6 +114,9 @@ POLICIES: dict[str, Policy] = {
     "random": random,
 }
 
+SAME_FOR_ALL_TASKS = frozenset({ucb, greedy, round_robin})
+"""Policies whose trust in a node is the same for all tasks of a domain."""
+
 
 def load_policy(name: str) -> Policy:
     """Return the award policy of that name, or the function that `module:function` names.

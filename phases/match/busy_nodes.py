@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from loom.phases.match.announced_nodes import AnnouncedNodes, NodeLocation
-from loom.phases.match.offers import HostOffer
+from loom.phases.match.calls.offers import HostOffer
 
 MAX_TASKS = 4096
 """Limit of remembered tasks; the least recently used ones are removed first."""

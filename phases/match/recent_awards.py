@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
 
-from loom.phases.match.scoring import Awarded, award_hold_s
+from loom.phases.match.ranked_bids import Awarded
+from loom.phases.match.scoring import award_hold_s
 from loom.schemas.envelope import Envelope
 
 MAX_PENDING_S = 60.0

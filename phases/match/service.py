@@ -4,7 +4,9 @@ Consumes   task.match.<priority>.*   one lane per priority
            offer.*.*.<instance>.*    the offers to this replica's calls
            host.*.*                  announcements of node hosts
 Publishes  auction.<domain_token>    a call for bids, which every node host answers
-           task.scale                the envelope with its award, or without one when there are no offers
+           task.execute              the envelope with its award
+           task.scale                an envelope that SCALE has something to do with: to be divided, without offers, or
+                                     awarded to a full node while a host can start another one
 State      none of its own; reads node profiles, and the records of waiting tasks
 Gives up   no_bids when all capable nodes have failed, or without offers for no_bids_after_s; deadline_exceeded
 """
@@ -12,8 +14,6 @@ Gives up   no_bids when all capable nodes have failed, or without offers for no_
 import asyncio
 import random
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace as replace_fields
 
 from msgspec.structs import replace
 
@@ -22,32 +22,18 @@ from loom.bus.hops.delivery import Delivery, Slots
 from loom.bus.hops.health import Health
 from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
 from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Next, Outcome
-from loom.bus.host_directory import HostKey
 from loom.bus.logs.logger import get_logger
 from loom.bus.topology import MATCH_LANES, Lane
-from loom.phases.match.announced_nodes import TaskRequirements
-from loom.phases.match.award_policies import load_policy
-from loom.phases.match.busy_nodes import BusyNodes
-from loom.phases.match.directory import HostDirectory
-from loom.phases.match.misspelt_domains import MisspeltDomains, warning_in
+from loom.phases.match.auctioneer import Auctioneer
+from loom.phases.match.misspelt_domains import warning_in
 from loom.phases.match.node_ownership import SETTLE_S
-from loom.phases.match.offers import HostOffer
-from loom.phases.match.open_calls import OpenCall, OpenCalls
 from loom.phases.match.partial_decoding import PartialRecord
-from loom.phases.match.plain_bids import PlainNodes
-from loom.phases.match.recent_awards import RecentAwards
-from loom.phases.match.scoring import (
-    AllBusy,
-    AuctionContext,
-    AuctionResult,
-    Awarded,
-    Exhausted,
-    NoOffers,
-    decide,
-)
+from loom.phases.match.ranked_bids import AllBusy, AuctionResult, Awarded, Exhausted, NoOffers
 from loom.phases.match.timings import MatchTimings
-from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Award, Bid, CallForBids, Lot
-from loom.schemas.base import Undecodable, cut_utf8
+from loom.phases.shared.pace import Pace
+from loom.phases.shared.scale_rule import scale_reason
+from loom.schemas.auction import Award, Bid
+from loom.schemas.base import Undecodable
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, Envelope, Spec
 from loom.schemas.identity import qualified, split_qualified
@@ -57,8 +43,6 @@ log = get_logger()
 
 MAX_REASON = 1000
 """Characters of an error message that lists the required tools."""
-DAY_S = 86_400.0
-
 
 Verdict = AuctionResult | Fail | Later
 """The result of one search for a node."""
@@ -81,15 +65,11 @@ class Match:
         self._bus = bus
         self._config = config
         self._hosts_here = hosts_here
-        self._timings = timings
-        self._awards = RecentAwards()
         self._records = bus.bucket("records", PartialRecord)
-        self._directory = HostDirectory(bus, timings, on_rewarded=self._on_rewarded)
-        self._plain = PlainNodes(self._directory.nodes)
-        self._busy = BusyNodes(self._directory.nodes)
-        self._misspelt = MisspeltDomains(self._directory.nodes)
-        self._calls = OpenCalls(bus)
-        self._policy = load_policy(config.policy)
+        self._timings = timings
+        self._auctioneer = Auctioneer(bus, config, timings)
+        self._directory = self._auctioneer.directory
+        self._spawn_pace = Pace(timings.spawn_every_s)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
 
@@ -99,8 +79,7 @@ class Match:
 
     async def start(self) -> None:
         """Subscribe to offers and announcements, then take tasks."""
-        await self._calls.start()
-        await self._directory.start()
+        await self._auctioneer.start()
         if not self._hosts_here:
             begin_at = self._directory.announcements_requested_at + self._timings.announce_wait_s
             await asyncio.sleep(begin_at - time.monotonic())
@@ -109,8 +88,7 @@ class Match:
     async def drain(self, timeout_s: float) -> None:
         """Stop taking tasks, and finish those in progress within `timeout_s` seconds."""
         await self._loop.drain(timeout_s)
-        await self._calls.stop()
-        await self._directory.stop()
+        await self._auctioneer.stop()
 
     async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
         """Award the task to a node; while all nodes are busy, repeat the call for bids."""
@@ -119,7 +97,7 @@ class Match:
             return Dead("the envelope came without a spec")
         if _was_rescheduled(envelope) and await self._task_has_ended(envelope):
             return Done()
-        self._release_previous_attempt(envelope)
+        self._auctioneer.release_previous_attempt(envelope)
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.clock.now() >= envelope.deadline:
             return self._deadline_exceeded(envelope, spec)
@@ -137,18 +115,11 @@ class Match:
             verdict = waited
         return self._to_outcome(verdict, envelope, spec)
 
-    def _release_previous_attempt(self, envelope: Envelope) -> None:
-        """Free the slot of the previous attempt, and record its node as busy if it rejected the task."""
-        self._plain.release_previous_attempt(envelope.task_id, envelope.attempt)
-        award, error = envelope.award, envelope.last_error
-        if award is not None and error is not None and error.code == "node_busy":
-            self._busy.record_rejection(envelope.task_id, (HostKey(award.owner, award.host_id), award.node_id))
-
     async def _find_node(self, envelope: Envelope, spec: Spec) -> Verdict:
         """Search for a node once."""
         if envelope.ad.node_id is not None:
             return self._award_pinned(envelope, envelope.ad.node_id)
-        return await self._auction(envelope, spec)
+        return await self._auctioneer.hold_auction(envelope, spec)
 
     def _may_wait_for_node(self, spec: Spec, delivery: Delivery) -> bool:
         """Return whether a task without offers may wait in memory, where it reacts to a new node at once.
@@ -209,7 +180,7 @@ class Match:
             case Awarded(award=award, warning=warning):
                 log.info("awarded", node=award.node, host_id=award.host_id, score=round(award.score, 3))
                 envelope = envelope.warned(warning) if warning else envelope
-                return Next("scale", replace(_with_offers(envelope, spec), award=award))
+                return self._to_next_phase(replace(_with_offers(envelope, spec), award=award))
             case Exhausted():
                 return Fail(TaskError(code="no_bids", message="every capable node has failed this task"), envelope)
             case AllBusy():
@@ -220,6 +191,17 @@ class Match:
             case NoOffers(warning=warning):
                 envelope = envelope.warned(warning) if warning else envelope
                 return self._on_no_offers(envelope, spec, self._no_offers_reason(envelope))
+
+    def _to_next_phase(self, envelope: Envelope) -> Next:
+        """Pass an awarded task to EXECUTE, or to SCALE if it is to be divided or one more node is wanted."""
+        match scale_reason(envelope):
+            case None:
+                return Next("execute", envelope)
+            case "saturated":
+                wanted = self._directory.can_spawn and self._spawn_pace.allows(envelope.domain_token)
+                return Next("scale" if wanted else "execute", envelope)
+            case _:
+                return Next("scale", envelope)
 
     def _on_no_offers(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
         """Ask SCALE for a node the first time; then repeat the call until no_bids_after_s has passed."""
@@ -262,96 +244,7 @@ class Match:
         if host is None:
             return NoOffers()
         award = Award(node_id=node_id, owner=owner, host_id=host.host_id, pinned=True)
-        return Awarded(self._record_if_plain(award, envelope), Bid(node_id=node_id))
-
-    def _record_if_plain(self, award: Award, envelope: Envelope) -> Award:
-        """Return the award; an award to a plain node is counted as load and marked for EXECUTE."""
-        location = (HostKey(award.owner, award.host_id), award.node_id)
-        node = self._plain.record_award(location, envelope.task_id, envelope.attempt)
-        return award if node is None else replace(award, plain=True, max_run_s=node.max_run_s)
-
-    async def _auction(self, envelope: Envelope, spec: Spec) -> AuctionResult:
-        """Call for bids, and decide among the offers of hosts and those of plain nodes."""
-        token = spec.domain_token
-        requirements = TaskRequirements(token, frozenset(envelope.ad.required_tools), envelope.excluded)
-        call = await self._call_for_bids(envelope, spec)
-        offers = [*_for_task(envelope.task_id, call.offers), *self._plain.offers(requirements)]
-        verdict = decide(envelope, self._busy.without_busy(envelope.task_id, offers), self._auction_context())
-        if isinstance(verdict, Awarded):
-            verdict = replace_fields(verdict, award=self._record_if_plain(verdict.award, envelope))
-            self._awards.record(envelope, token, verdict)
-        else:
-            verdict = self._with_silent_hosts(verdict, call, requirements)
-        if isinstance(verdict, Awarded | NoOffers) and not self._directory.ranking.best(token, 1):
-            warning = self._misspelt.warning_for(envelope)
-            return replace_fields(verdict, warning=warning) if warning else verdict
-        return verdict
-
-    def _with_silent_hosts(
-        self, verdict: AuctionResult, call: OpenCall, requirements: TaskRequirements
-    ) -> AuctionResult:
-        """Return the result of an auction without a winner, considering the hosts that made no offer."""
-        if isinstance(verdict, Exhausted) and call.missing:
-            return AllBusy()  # a slow host may still have a capable node
-        if isinstance(verdict, NoOffers) and self._directory.may_yet_bid(requirements, call.answered):
-            return AllBusy()
-        if (
-            isinstance(verdict, NoOffers)
-            and self._directory.only_plain
-            and self._directory.have_plain_nodes_failed(requirements)
-        ):
-            return Exhausted()
-        return verdict
-
-    async def _call_for_bids(self, envelope: Envelope, spec: Spec) -> OpenCall:
-        """Return a call with its offers; it stays empty where all hosts have plain nodes only."""
-        if self._directory.only_plain:
-            return self._calls.empty_call()
-        window_s = self._config.bid_window_ms / 1000
-        call = await self._calls.publish(
-            self._new_call(envelope, spec), self._directory.awaited_hosts(), window_s=window_s
-        )
-        self._directory.record_answers(call.offers, call.missing)
-        return call
-
-    def _on_rewarded(self, node: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
-        """Remove the awards of attempts that have a reward."""
-        attempt_ids = tuple(attempt_ids)
-        self._awards.remove_rewarded(node, domain_token, attempt_ids)
-        self._plain.release_rewarded(attempt_ids)
-
-    def _auction_context(self) -> AuctionContext:
-        return AuctionContext(
-            profiles=self._directory.profiles,
-            newcomers=self._directory.newcomers,
-            policy=self._policy,
-            policy_name=self._config.policy,
-            exploration=self._config.exploration,
-            now=self._bus.clock.now(),
-            half_life_s=self._config.half_life_days * DAY_S,
-            recent_awards=self._awards.recent(),
-            pending_awards=self._awards.pending(),
-        )
-
-    def _new_call(self, envelope: Envelope, spec: Spec) -> CallForBids:
-        call_id, answer_to = self._calls.new_call_id()
-        lot = Lot(
-            task_id=envelope.task_id,
-            attempt=envelope.attempt,
-            complexity=spec.complexity,
-            description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
-            priority=envelope.priority,
-            remaining_s=max(0.0, envelope.deadline - self._bus.clock.now()),
-        )
-        return CallForBids(
-            call_id=call_id,
-            domain=spec.domains[0],
-            required_tools=envelope.ad.required_tools,
-            excluded=envelope.excluded,
-            lots=(lot,),
-            answer_to=answer_to,
-            prefer=self._directory.ranking.best(spec.domain_token, BID_LIMIT),
-        )
+        return Awarded(self._auctioneer.with_plain_node(award, envelope), Bid(node_id=node_id))
 
     def _window(self, _lane: Lane, slots: Slots) -> int:
         """Return how many messages a lane may take; waiting tasks reduce the number."""
@@ -367,13 +260,6 @@ async def _pause(delivery: Delivery, seconds: float, node_added: asyncio.Event |
     finally:
         for wait in waits:
             wait.cancel()
-
-
-def _for_task(task_id: str, offers: Iterable[HostOffer]) -> Iterator[HostOffer]:
-    """Yield the offers with only the bids for this task."""
-    for offer in offers:
-        bids = tuple(bid for bid in offer.bids if bid.is_for(task_id))
-        yield offer if len(bids) == len(offer.bids) else replace(offer, bids=bids)
 
 
 def _was_rescheduled(envelope: Envelope) -> bool:

@@ -1,4 +1,4 @@
-"""The times of MATCH that an operator or a test may set."""
+"""The times of MATCH."""
 
 from dataclasses import dataclass
 
@@ -19,3 +19,5 @@ class MatchTimings:
     """Pause between two calls for a task that no node is capable of."""
     unproven_every_s: float = 2.0
     """Time per auction that also waits for unproven hosts: an announcement costs nothing, unlike an offer."""
+    spawn_every_s: float = 1.0
+    """Time between two tasks of a domain that pass through SCALE because their nodes have no free slot."""

@@ -1,11 +1,11 @@
 """Requests for one more node, where no node bids or the winner is full."""
 
 import asyncio
-import time
 
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.requests import NoResponders
+from loom.phases.shared.pace import Pace
 from loom.schemas.auction import DESCRIPTION_BYTES, SpawnReply, SpawnRequest
 from loom.schemas.base import cut_utf8, decode
 from loom.schemas.envelope import Envelope
@@ -35,9 +35,7 @@ class SpawnRequests:
 
     def __init__(self, bus: Bus, interval_s: float) -> None:
         self._bus = bus
-        self._interval_s = interval_s
-        self._recent: dict[tuple[object, ...], float] = {}
-        """Key of a request within the last second -> its monotonic time, oldest first."""
+        self._pace = Pace(interval_s)
 
     def request(self, envelope: Envelope, *, saturated: bool) -> None:
         """Request a node for the task's domain in the background."""
@@ -48,18 +46,13 @@ class SpawnRequests:
             reason="saturated" if saturated else "no_bids",
             task_id=envelope.task_id,
         )
-        now = time.monotonic()
-        key = (
+        kind = (
             (request.domain_token,)
             if saturated
             else (request.domain_token, request.required_tools, request.description)
         )
-        while self._recent and now - next(iter(self._recent.values())) >= self._interval_s:
-            del self._recent[next(iter(self._recent))]
-        if key in self._recent:
-            return
-        self._recent[key] = now
-        self._bus.tasks.spawn(self._request_and_log(request), name="spawn request")
+        if self._pace.allows(kind):
+            self._bus.tasks.spawn(self._request_and_log(request), name="spawn request")
 
     async def _request_and_log(self, request: SpawnRequest) -> None:
         try:

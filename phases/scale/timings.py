@@ -1,4 +1,4 @@
-"""The times of SCALE that an operator or a test may set."""
+"""The times of SCALE."""
 
 from dataclasses import dataclass
 

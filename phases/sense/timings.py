@@ -1,4 +1,4 @@
-"""The times of SENSE that an operator or a test may set."""
+"""The times of SENSE."""
 
 from dataclasses import dataclass
 

@@ -38,10 +38,10 @@ def may_divide(envelope: Envelope) -> bool:
 
 def is_saturated(award: Award) -> bool:
     """Return whether the winner has no free slot, so that the task is queued."""
-    winner = (award.owner, award.node_id, award.host_id)
-    return award.backlog > 0 or any(
-        bid.load >= 1 for bid in award.bids if (bid.owner, bid.node_id, bid.host_id) == winner
-    )
+    if award.backlog > 0:
+        return True
+    winner = award.winning_bid
+    return winner is not None and winner.load >= 1
 
 
 def with_undivided_note(spec: Spec, why: str) -> Spec:

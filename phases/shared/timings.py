@@ -1,4 +1,4 @@
-"""The times of acceptance checks that an operator or a test may set."""
+"""The times of acceptance checks."""
 
 from dataclasses import dataclass
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -163,6 +164,11 @@ def sparkline(scores: Iterable[float]) -> str:
 def add_row(table: Table, *cells: str | Text) -> None:
     """Add cells as plain text, without markup and control characters."""
     table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
+
+
+def json_value(message: Any) -> Any:
+    """Return a message as the plain values of its JSON."""
+    return msgspec.json.decode(encode(message))
 
 
 def print_json(message: Any) -> None:

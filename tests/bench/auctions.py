@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from support.evidence import store_profile
 from support.wait import until
 
 from bench.bench_cluster import BenchCluster, ad, bench_cluster
@@ -10,7 +11,7 @@ from bench.measure import closed_loop, quantile, verdict
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.phases.match import Match
-from loom.phases.match.scoring import Awarded
+from loom.phases.match.ranked_bids import Awarded
 from loom.schemas.auction import ANNOUNCED_NODES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
@@ -71,11 +72,10 @@ async def _start_hosts(running: BenchCluster, hosts: int, nodes_each: int) -> li
 
 async def _make_known(bus: Bus, names: list[str]) -> None:
     """Write a profile of every node, as a cluster that has worked for a while has."""
-    bucket = bus.bucket("nodes", NodeProfile)
     for name in names:
         evidence = DomainEvidence(count=EVIDENCE, mean=0.5)
         profile = NodeProfile(node_id=name, last_seq=1, domains={"code": evidence})
-        await bucket.create(profile.key, profile)
+        await store_profile(bus, profile)
 
 
 async def many_hosts(*, quick: bool) -> None:

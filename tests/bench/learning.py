@@ -26,7 +26,8 @@ from typing import Protocol
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES, load_policy
-from loom.phases.match.scoring import AuctionContext, award
+from loom.phases.match.ranked_bids import award
+from loom.phases.match.scoring import AuctionContext
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning.profile import NodeProfile

@@ -13,9 +13,9 @@ from support.phase_harness import Stage
 from support.runs import run
 from support.wait import until
 
-from loom.agents.host import announce_pace
-from loom.agents.host.announce_pace import AnnouncePace
+from loom.agents.host import announcer
 from loom.agents.host.announcement import announced_node, fit_size
+from loom.agents.host.announcer import AnnouncePace
 from loom.agents.host.node_partition import NodePartition
 from loom.agents.host.timings import HostTimings
 from loom.bus.host_directory import announced_hosts
@@ -30,7 +30,7 @@ from loom.schemas.base import encode
 from loom.schemas.identity import Identity
 from loom.types import AgentNode, CapabilityProfile
 
-# -- what is announced of a node
+# -- the announcement of a node
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_an_announcement_that_is_too_long_names_the_nodes_alone() -> None:
     assert fit_size(HostAnnouncement(nodes=nodes)).node_ids == tuple(f"n{n}" for n in range(128))
 
 
-# -- when
+# -- times
 
 
 async def test_a_draining_host_announces_it_three_times_under_rising_numbers(stage: Stage) -> None:
@@ -78,7 +78,7 @@ async def test_a_draining_host_announces_it_three_times_under_rising_numbers(sta
 @pytest.mark.slow
 async def test_requests_for_announcements_are_answered_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = HostTimings(requested_announce_s=0.2, max_announce_delay_s=0.01)
-    monkeypatch.setattr(announce_pace, "BURST", 2)
+    monkeypatch.setattr(announcer, "BURST", 2)
     answers: list[float] = []
     pace = AnnouncePace(lambda: answers.append(time.monotonic()), timings)
     began = time.monotonic()

@@ -190,7 +190,10 @@ async def auction(stage: Stage, offers: tuple[bytes, ...]) -> tuple[Award | None
     await host.bus.requests.flush()
     match = await stage.phase("match", SHORT)
     await stage.put("match", envelope(ad(), now=stage.bus.clock.now()))
-    award = (await stage.seen("task", phase="scale")).award
+    hops = await until(
+        lambda: stage.all("task", phase="execute") + stage.all("task", phase="scale"), what="the task is decided"
+    )
+    award = hops[0].award
     return award, match.bus.discards.hosts.get("h1")
 
 
@@ -242,7 +245,7 @@ async def test_a_second_offer_to_a_call_is_left_out_and_counted(stage: Stage) ->
     assert host.calls
 
 
-# -- where it is read
+# -- reports
 
 
 async def test_phases_report_the_fields_they_left_out_of_announcements(stage: Stage) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.builders import ad, envelope
+from support.evidence import store_profile
 from support.fake_host import FakeHost
 from support.phase_harness import Replica, Stage
 from support.wait import until
@@ -75,7 +76,7 @@ async def test_the_best_bid_wins_and_the_award_names_the_other_bidders(stage: St
     await match(stage)
     env = task(stage)
     await stage.put("match", env)
-    won = (await stage.seen("task", phase="scale")).award
+    won = (await stage.seen("task", phase="execute")).award
     assert (won.node_id, won.host_id, won.backlog, won.pinned) == ("good", "h1", 0, False)
     assert [(bid.node_id, bid.host_id) for bid in won.bids] == [("good", "h1"), ("busy", "h2"), ("bad", "h1")]
     assert won.score == won.bids[0].score == pytest.approx(0.6 * 0.9 + 0.25 + 0.15)
@@ -87,7 +88,7 @@ async def test_the_call_has_all_that_a_bid_needs(stage: Stage) -> None:
     env = task(stage, description="é" * 2000, domain="代码", required_tools=("search",), excluded=("n9",), attempt=3)
     one.offer = lambda _: one.bids(Bid(node_id="n1", tools=("search",)))
     await stage.put("match", env)
-    await stage.seen("task", phase="scale")
+    await stage.seen("task", phase="execute")
     call = one.calls[0]
     [lot] = call.lots
     assert (call.domain, call.domain_token, lot.task_id, lot.attempt) == ("代码", env.domain_token, env.task_id, 3)
@@ -102,20 +103,18 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
     one = await host(stage, "h1", offer=lambda _: one.bids(*bids))
     await match(stage)
     await stage.put("match", task(stage))
-    assert (await stage.seen("task", phase="scale")).award.node_id == "boaster"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "boaster"
     scores = (Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),)
     for node, mean in (("proven", 1.0), ("boaster", 0.0)):
         evidence = DomainEvidence(scores=scores, count=60, mean=mean)
-        await stage.bus.bucket("nodes", NodeProfile).create(
-            f"local.{node}", NodeProfile(node_id=node, last_seq=9, domains={"code": evidence})
-        )
+        await store_profile(stage.bus, NodeProfile(node_id=node, last_seq=9, domains={"code": evidence}))
 
     async def auctioned_again() -> bool:
         await stage.put("match", task(stage))
-        return bool(stage.all("task", phase="scale")[-1].award.node_id == "proven")
+        return bool(stage.all("task", phase="execute")[-1].award.node_id == "proven")
 
     await until(auctioned_again, what="evidence decides")
-    award = stage.all("task", phase="scale")[-1].award
+    award = stage.all("task", phase="execute")[-1].award
     assert (award.evidence_seq, award.bids[0].evidence, award.bids[0].count) == (9, 1.0, 60)
     assert award.policy == ClusterConfig().policy
     assert set(one.calls[-1].prefer) == {"proven", "boaster"}
@@ -124,19 +123,19 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
 async def test_newcomers_of_one_owner_share_their_count_of_tasks(stage: Stage) -> None:
     """Judged tasks count by the stored profiles, pending ones by the latest awards."""
     failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
-    await stage.bus.bucket("nodes", NodeProfile).create(failed.key, failed)
+    await store_profile(stage.bus, failed)
     local = await host(stage, "h1", offer=lambda _: local.bids(Bid(node_id="weak", self_rating=0.2)))
     names = [Bid(node_id=f"n{n}", self_rating=1.0, free=9) for n in range(1, 9)]
     acme = await host(stage, "h2", owner="acme", offer=lambda _: acme.bids(*names))
     await match(stage)
     await stage.put("match", task(stage))
-    first = (await stage.seen("task", phase="scale")).award
+    first = (await stage.seen("task", phase="execute")).award
     assert {bid.shared_count for bid in first.bids if bid.owner == "acme"} == {5}
     assert (first.owner, first.bids[0].trust) == ("acme", pytest.approx(2 / 7))
     tried = FailedAttempt(attempt=1, node_id=first.node_id, owner="acme", host_id="h2", code="agent_failed")
     again = replace(task(stage), attempt=2, failures=1, failed_attempts=(tried,), excluded=(first.node,))
     await stage.put("match", again)
-    second = (await stage.seen("task", phase="scale", count=2)).award
+    second = (await stage.seen("task", phase="execute", count=2)).award
     assert second.node == "weak"
     assert first.node not in {bid.node for bid in second.bids}
     assert [bid.comes_last for bid in second.bids] == [False] + [True] * 7
@@ -147,17 +146,17 @@ async def test_profiles_learned_before_the_start_are_known_to_the_first_auction(
         scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),), count=60, mean=1.0
     )
     profile = NodeProfile(node_id="n1", last_seq=9, domains={"code": evidence})
-    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
+    await store_profile(stage.bus, profile)
     await host(stage)
     await match(stage)
     await stage.put("match", task(stage))
-    assert (await stage.seen("task", phase="scale")).award.evidence_seq == 9
+    assert (await stage.seen("task", phase="execute")).award.evidence_seq == 9
 
 
-# -- how long offers are waited for
+# -- the bid window
 
 
-async def timed(stage: Stage, env: Envelope, phase: str = "scale") -> float:
+async def timed(stage: Stage, env: Envelope, phase: str = "execute") -> float:
     """Return how long MATCH took over a task, in seconds."""
     await stage.put("match", env)
     done = await stage.seen("task", phase=phase, task_id=env.task_id)
@@ -170,7 +169,7 @@ async def test_an_auction_ends_once_all_known_hosts_have_answered(stage: Stage) 
     await host(stage, "h2")
     await match(stage, LONG)
     assert await timed(stage, task(stage)) < 1
-    assert len(stage.all("task", phase="scale")[0].award.bids) == 2
+    assert len(stage.all("task", phase="execute")[0].award.bids) == 2
 
 
 async def test_an_auction_without_a_known_host_lasts_the_whole_window(stage: Stage) -> None:
@@ -185,7 +184,7 @@ async def quietly(**_facts: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
+async def test_a_proven_host_that_missed_three_windows_is_not_awaited_until_it_announces_itself(
     stage: Stage,
 ) -> None:
     await host(stage, "h1")
@@ -201,10 +200,10 @@ async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_i
     assert await timed(stage, task(stage)) > 0.39
 
 
-async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
+async def test_a_host_that_never_made_an_offer_slows_one_auction_in_two_seconds(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_BURST", 1)
+    monkeypatch.setattr("loom.phases.match.calls.presence.UNPROVEN_BURST", 1)
     await host(stage, "h1")
     await host(stage, "h2", "n2", offer=lambda _: None)
     await match(stage, ClusterConfig(bid_window_ms=400))
@@ -213,7 +212,7 @@ async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
 
 
 @pytest.mark.slow
-async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage) -> None:
+async def test_twenty_thousand_invented_hosts_do_not_delay_a_task(stage: Stage) -> None:
     await host(stage, "h1")
     await match(stage)
     alone_s = max([await timed(stage, task(stage)) for _ in range(10)])
@@ -222,7 +221,7 @@ async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage)
         await stage.bus.connection.publish(stage.bus.subjects.of("host", "local", f"m{number}"), body)
     took_s = sorted([await timed(stage, task(stage)) for _ in range(20)])
     assert took_s[-2] < alone_s + 1  # one of them may have waited for the newcomers
-    assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
+    assert stage.all("task", phase="execute")[-1].award.host_id == "h1"
 
 
 @pytest.mark.slow
@@ -232,7 +231,7 @@ async def test_a_pinned_task_goes_to_the_first_of_two_hosts_that_announce_its_no
     await timed(stage, task(stage, node_id="good-1"))
     await host(stage, "evil", "good-1")
     await timed(stage, task(stage, node_id="good-1"))
-    assert [env.award.host_id for env in stage.all("task", phase="scale")] == ["h1", "h1"]
+    assert [env.award.host_id for env in stage.all("task", phase="execute")] == ["h1", "h1"]
 
 
 async def test_the_drain_of_another_owners_host_of_the_same_name_has_no_effect(stage: Stage) -> None:
@@ -242,7 +241,7 @@ async def test_the_drain_of_another_owners_host_of_the_same_name_has_no_effect(s
     await stage.bus.connection.publish(stage.bus.subjects.of("host", "evil", "h1"), body)
     await stage.bus.requests.flush()
     await timed(stage, task(stage, node_id="good-1"))
-    assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
+    assert stage.all("task", phase="execute")[-1].award.host_id == "h1"
 
 
 async def test_a_host_that_leaves_is_not_waited_for(stage: Stage) -> None:
@@ -285,7 +284,7 @@ async def test_a_node_that_comes_meanwhile_gets_the_task_and_the_clock_is_cleare
     await stage.put("match", env)
     await stage.seen("later")
     await host(stage)
-    won = await stage.seen("task", phase="scale")
+    won = await stage.seen("task", phase="execute")
     assert won.award.node_id == "n1"
     assert won.spec.no_offers_since is None
 
@@ -307,7 +306,7 @@ async def test_a_task_for_which_only_excluded_nodes_are_left_fails_at_once(stage
     await match(stage, SHORT)
     await stage.put("match", task(stage, excluded=("n1",), failures=1))
     assert (await stage.seen("task", phase="evaluate")).error.code == "no_bids"
-    assert not stage.all("task", phase="scale")
+    assert not stage.all("task", phase="execute")
     assert not stage.all("later")
 
 
@@ -316,7 +315,7 @@ async def test_a_task_waits_while_a_known_host_is_slow(stage: Stage) -> None:
     slow = await host(stage, "h2", "n2", offer=lambda _: slow.bids() if len(slow.calls) > 1 else None)
     await match(stage, ClusterConfig(bid_window_ms=100))
     await stage.put("match", task(stage, excluded=("n1",), failures=1))
-    assert (await stage.seen("task", phase="scale")).award.node_id == "n2"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "n2"
 
 
 # -- all busy
@@ -326,7 +325,7 @@ async def test_a_task_waits_and_calls_again_while_all_nodes_are_busy(stage: Stag
     one = await host(stage, offer=lambda _: one.bids() if len(one.calls) > 3 else one.declines("busy"))
     await match(stage, LONG)
     await stage.put("match", task(stage))
-    assert (await stage.seen("task", phase="scale")).award.node_id == "n1"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "n1"
     assert len(one.calls) == 4
     assert not stage.all("later")
 
@@ -341,7 +340,7 @@ async def test_a_task_that_has_waited_long_goes_to_the_tail(stage: Stage) -> Non
     assert len(one.calls) > 3
     assert not stage.all("task", phase="evaluate")
     free.set()
-    assert (await stage.seen("task", phase="scale")).award.node_id == "n1"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "n1"
 
 
 async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage) -> None:
@@ -356,7 +355,7 @@ async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage) -
     await until(lambda: "urgent" in {call.lots[0].task_id for call in one.calls}, what="another lane is read")
     assert len({call.lots[0].task_id for call in one.calls}) <= 9
     one.offer = None
-    await stage.seen("task", phase="scale", count=21, within_s=15)
+    await stage.seen("task", phase="execute", count=21, within_s=15)
     await replica.service.drain(1)
 
 
@@ -381,7 +380,7 @@ async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage) -> None:
     await stage.seen("later")
     one.offer = None
     await match(stage, LONG)
-    await stage.seen("task", phase="scale")
+    await stage.seen("task", phase="execute")
 
 
 # -- tasks that end while they wait
@@ -398,7 +397,7 @@ async def settled(stage: Stage) -> None:
     """Wait until MATCH has no task in hand, queued or scheduled."""
 
     async def empty() -> bool:
-        return await stage.pending("TASKS") == len(stage.all("task", phase="scale"))
+        return await stage.pending("TASKS") == len(stage.all("task", phase="execute"))
 
     await until(empty, what="nothing waits")
 
@@ -416,8 +415,8 @@ async def test_a_task_cancelled_while_no_node_exists_is_dropped(stage: Stage) ->
     await settled(stage)
     await host(stage)
     await stage.put("match", task(stage, task_id="next"))
-    await stage.seen("task", phase="scale", task_id="next")
-    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    await stage.seen("task", phase="execute", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="execute")] == ["next"]
     assert not stage.all("task", phase="evaluate")
 
 
@@ -436,8 +435,8 @@ async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_come
     await settled(stage)
     await host(stage, "h1", "late")
     await stage.put("match", task(stage, task_id="next", node_id="late"))
-    await stage.seen("task", phase="scale", task_id="next")
-    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    await stage.seen("task", phase="execute", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="execute")] == ["next"]
 
 
 @pytest.mark.parametrize("state", ["cancelled", "failed", "succeeded"])
@@ -453,8 +452,8 @@ async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(
     calls = len(one.calls)
     one.offer = None
     await stage.put("match", task(stage, task_id="next"))
-    await stage.seen("task", phase="scale", task_id="next")
-    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    await stage.seen("task", phase="execute", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="execute")] == ["next"]
     assert len(one.calls) == calls + 1
     assert not stage.all("later")
 
@@ -469,7 +468,7 @@ async def test_a_first_auction_reads_no_record(stage: Stage) -> None:
 
     replica.service._records.get = count
     await stage.put("match", task(stage))
-    await stage.seen("task", phase="scale")
+    await stage.seen("task", phase="execute")
     assert not read
 
 
@@ -480,7 +479,7 @@ async def test_a_pinned_task_goes_to_its_node_without_an_auction(stage: Stage) -
     one = await host(stage, "h7", "me", "other")
     await match(stage)
     await stage.put("match", task(stage, node_id="me"))
-    award = (await stage.seen("task", phase="scale")).award
+    award = (await stage.seen("task", phase="execute")).award
     assert (award.node_id, award.host_id, award.pinned) == ("me", "h7", True)
     assert not one.calls
 
@@ -502,7 +501,7 @@ async def test_a_pinned_task_waits_for_its_node_and_gets_it(stage: Stage) -> Non
     await stage.put("match", await stage.seen("task", phase="scale"))
     await stage.seen("later")
     await host(stage, "h1", "late")
-    assert (await stage.seen("task", phase="scale", count=2)).award.node_id == "late"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "late"
 
 
 async def test_a_task_pinned_to_a_node_that_failed_it_is_given_up(stage: Stage) -> None:
@@ -520,7 +519,7 @@ async def test_a_task_whose_node_was_busy_pauses_first(pinned: str | None, stage
     assert await timed(stage, task(stage, node_id=pinned, last_error=busy, busy_retries=4)) >= 0.08
 
 
-# -- the rest
+# -- other cases
 
 
 async def test_an_envelope_without_a_spec_is_a_dead_letter(stage: Stage) -> None:
@@ -536,8 +535,8 @@ async def test_two_replicas_share_the_tasks(stage: Stage) -> None:
     started = time.monotonic()
     for n in range(30):
         await stage.put("match", task(stage, task_id=f"t{n}"))
-    await stage.seen("task", phase="scale", count=30)
-    won = stage.all("task", phase="scale")
+    await stage.seen("task", phase="execute", count=30)
+    won = stage.all("task", phase="execute")
     assert {env.task_id for env in won} == {f"t{n}" for n in range(30)}
     assert {env.hops[-1].instance for env in won} <= {one.bus.instance, two.bus.instance}
     assert time.monotonic() - started < 5
@@ -554,12 +553,12 @@ async def test_an_award_in_an_unknown_domain_has_a_warning_with_the_nearest_one(
     one = await host(stage, nodes=naming("sales"))
     await match(stage)
     await stage.put("match", task(stage, task_id="t1", domain="Sael"))
-    awarded = await stage.seen("task", phase="scale", task_id="t1")
+    awarded = await stage.seen("task", phase="execute", task_id="t1")
     assert awarded.warnings == ("no node rates itself in 'Sael'; did you mean 'sales'?",)
     assert one.calls[0].domain == "Sael"
     found = task(stage, task_id="t2", domain="", spec=Spec(complexity=0.3, domains=("sael",), method="heuristic"))
     await stage.put("match", found)
-    assert (await stage.seen("task", phase="scale", task_id="t2")).warnings == ()
+    assert (await stage.seen("task", phase="execute", task_id="t2")).warnings == ()
 
 
 async def test_one_host_that_names_the_domain_leaves_no_warning(stage: Stage) -> None:
@@ -567,17 +566,17 @@ async def test_one_host_that_names_the_domain_leaves_no_warning(stage: Stage) ->
     await host(stage, "h2", nodes=naming("Sael"))
     await match(stage)
     await stage.put("match", task(stage, task_id="t1", domain="sael"))
-    assert (await stage.seen("task", phase="scale", task_id="t1")).warnings == ()
+    assert (await stage.seen("task", phase="execute", task_id="t1")).warnings == ()
 
 
 async def test_evidence_in_the_domain_leaves_no_warning(stage: Stage) -> None:
     await host(stage, nodes=naming("sales"))
     scores = (Score(attempt_id="a", score=1, ended_at=1),)
     profile = NodeProfile(node_id="n9", domains={"sael": DomainEvidence(scores=scores, count=1)})
-    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
+    await store_profile(stage.bus, profile)
     await match(stage)
     await stage.put("match", task(stage, domain="sael"))
-    assert (await stage.seen("task", phase="scale")).warnings == ()
+    assert (await stage.seen("task", phase="execute")).warnings == ()
 
 
 async def test_a_task_that_no_node_takes_ends_with_the_nearest_domain_as_its_reason(stage: Stage) -> None:

@@ -39,7 +39,7 @@ async def awarded(stage: Stage, **facts: Any) -> Award:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
     env = envelope(ad(**facts), now=stage.bus.clock.now(), **about)
     await stage.put("match", env)
-    award: Award | None = (await stage.seen("task", phase="scale", task_id=env.task_id)).award
+    award: Award | None = (await stage.seen("task", phase="execute", task_id=env.task_id)).award
     assert award is not None
     return award
 
@@ -131,7 +131,7 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
     assert [bid.node_id for bid in (await awarded(stage)).bids] == ["n1"]
 
 
-# -- hosts that are announced and silent
+# -- announced hosts that make no offer
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ async def test_a_task_waits_for_an_announced_node_whose_host_has_not_answered(st
     slow = await host(stage, offer=lambda _: slow.bids() if len(slow.calls) > 2 else None)
     await match(stage, slow)
     await awarded(stage)
-    assert not [env for env in stage.all("task", phase="scale") if env.award is None]
+    assert not [env for env in stage.all("task", phase="execute") if env.award is None]
 
 
 @pytest.mark.usefixtures("hurry")
@@ -182,6 +182,6 @@ async def test_a_task_without_bidders_is_auctioned_again_when_unknown_nodes_are_
     await stage.put("match", asks)
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 1, what="it waits in hand")
     await host(stage, "h2", "n2")
-    won = await stage.seen("task", phase="scale", count=2, task_id=env.task_id)
+    won = await stage.seen("task", phase="execute", task_id=env.task_id)
     assert (won.award.node_id, won.spec.no_offers_since) == ("n2", None)
     assert not stage.all("later")

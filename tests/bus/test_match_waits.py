@@ -49,7 +49,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
     await match.start()
     try:
         assert MatchTimings.announce_wait_s <= time.monotonic() - began < 4
-        assert (await stage.seen("task", phase="scale")).award.node_id == "good"
+        assert (await stage.seen("task", phase="execute")).award.node_id == "good"
     finally:
         await match.drain(0)
 
@@ -62,7 +62,7 @@ async def test_a_phase_whose_hosts_start_after_it_in_its_process_takes_tasks_at_
     await match.drain(0)
 
 
-# -- nodes that had no room
+# -- nodes without a free slot
 
 
 def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> Envelope:
@@ -81,18 +81,18 @@ async def test_a_busy_node_ranks_last_for_the_task_until_its_host_announces_itse
     await until(lambda: match.service._directory.has_nodes, what="the host is known")
     env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     await stage.put("match", rejected(stage, env, "best"))
-    assert (await stage.seen("task", phase="scale")).award.node_id == "next"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "next"
     await stage.put("match", envelope(ad(task_id="t2"), now=stage.bus.clock.now()))
-    assert (await stage.seen("task", phase="scale", task_id="t2")).award.node_id == "best", "by that task alone"
+    assert (await stage.seen("task", phase="execute", task_id="t2")).award.node_id == "best", "by that task alone"
 
     again = rejected(stage, rejected(stage, env, "best"), "next")
     await stage.put("match", again)
-    hop = await stage.seen("task", phase="scale", count=2, task_id="t1")
+    hop = await stage.seen("task", phase="execute", count=2, task_id="t1")
     assert hop.award.node_id == "best", "no other node bids"
     await one.announce()
-    await until(lambda: not match.service._busy._busy_nodes_of("t1"), what="the announcement has arrived")
+    await until(lambda: not match.service._auctioneer._busy._busy_nodes_of("t1"), what="the announcement has arrived")
     await stage.put("match", replace(again, attempt=again.attempt + 1))
-    assert (await stage.seen("task", phase="scale", count=3, task_id="t1")).award.node_id == "best"
+    assert (await stage.seen("task", phase="execute", count=3, task_id="t1")).award.node_id == "best"
 
 
 def nodes(*hosts: str) -> AnnouncedNodes:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from support.auctions import announced, key
 from support.builders import ad, envelope
+from support.evidence import store_profile
 from support.fake_host import FakeHost
 from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.plain_bids import REWARD_DELAY_S, PlainNodes
+from loom.phases.match.calls.plain_bids import REWARD_DELAY_S, PlainNodes
 from loom.phases.match.timings import MatchTimings
 from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
@@ -35,7 +36,7 @@ async def announce(stage: Stage, replica: Replica, body: bytes = BODY, host: str
     await replica.bus.requests.flush()
 
 
-async def outcome(stage: Stage, *, phase: str = "scale", **facts: Any) -> Envelope:
+async def outcome(stage: Stage, *, phase: str = "execute", **facts: Any) -> Envelope:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
     env = envelope(ad(**facts), now=stage.bus.clock.now(), **about)
     await stage.put("match", env)
@@ -61,7 +62,7 @@ async def test_a_plain_node_wins_by_its_announcement_alone(stage: Stage) -> None
     assert not stage.all("auction")
 
 
-async def test_a_plain_node_competes_with_nodes_that_bid_and_its_host_is_not_waited_for(stage: Stage) -> None:
+async def test_a_plain_node_competes_with_bidding_nodes_and_its_host_is_not_awaited(stage: Stage) -> None:
     replica = await stage.phase("match", LONG)
     one = await FakeHost(await stage.connect("node"), "h1").start()
     await announce(stage, replica)
@@ -88,7 +89,7 @@ async def test_a_plain_node_that_does_not_qualify_does_not_bid(
     host = FakeHost(stage.bus, "p1", nodes=(plain(**facts),))
     await host.announce()
     await replica.bus.requests.flush()
-    assert (await outcome(stage, **task)).award is None
+    assert (await outcome(stage, phase="scale", **task)).award is None
 
 
 async def test_a_plain_node_that_has_failed_the_task_gets_it_no_more(stage: Stage) -> None:
@@ -121,13 +122,13 @@ async def test_a_plain_node_fills_its_slots_until_its_tasks_are_judged_or_return
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 2, what="two wait")
     scores = (Score(attempt_id=f"{first.task_id}:1", score=1.0, ended_at=1.0),)
     profile = NodeProfile(node_id="sh", domains={"code": DomainEvidence(scores=scores, count=1, mean=1.0)})
-    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
-    await stage.seen("task", phase="scale", count=3)
+    await store_profile(stage.bus, profile)
+    await stage.seen("task", phase="execute", count=3)
     lost = TaskError(code="node_lost", message="silent")
     again = envelope(second.ad, now=stage.bus.clock.now(), attempt=2, excluded=("sh",), failures=1, last_error=lost)
     await stage.put("match", again)
-    await stage.seen("task", phase="scale", count=4)
-    assert {env.task_id for env in stage.all("task", phase="scale")} == {first.task_id, second.task_id, "w0", "w1"}
+    await stage.seen("task", phase="execute", count=4)
+    assert {env.task_id for env in stage.all("task", phase="execute")} == {first.task_id, second.task_id, "w0", "w1"}
 
 
 def test_an_award_that_earns_no_reward_holds_its_place_for_its_longest_run() -> None:

@@ -212,7 +212,7 @@ async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction
     await stage.phase("match")
     env = envelope(ad(), now=stage.bus.clock.now())
     await stage.put("match", env)
-    award = (await stage.seen("task", phase="scale")).award
+    award = (await stage.seen("task", phase="execute")).award
     assert (award.node_id, {bid.node_id for bid in award.bids}) == ("n1", {"n1", "n2"})
     assert two.calls
 

@@ -8,10 +8,11 @@ from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.phases.scale.timings import ScaleTimings
+from loom.phases.shared.pace import Pace
 from loom.phases.shared.scale_rule import is_saturated
 from loom.runner.timings import ServiceTimings
-from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
-from loom.schemas.base import decode
+from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest, bids_json
+from loom.schemas.base import decode, encode
 from loom.schemas.envelope import Envelope
 
 
@@ -69,8 +70,8 @@ async def test_a_task_without_bids_makes_a_spawn_request_and_goes_back(stage: St
     [
         (Award(node_id="n1", host_id="h1"), False),
         (Award(node_id="n1", host_id="h1", backlog=1), True),
-        (Award(node_id="n1", host_id="h1", bids=(bid(1.0),)), True),
-        (Award(node_id="n1", host_id="h1", bids=(bid(0.9), bid(1.0, "n2"))), False),
+        (Award(node_id="n1", host_id="h1", bids_json=bids_json([encode(bid(1.0))])), True),
+        (Award(node_id="n1", host_id="h1", bids_json=bids_json(map(encode, (bid(0.9), bid(1.0, "n2"))))), False),
     ],
 )
 def test_a_winner_with_a_queue_or_full_load_is_saturated(award: Award, saturated: bool) -> None:
@@ -91,7 +92,7 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(stage: Stage, asked:
         await stage.put("scale", task(stage, domain="code" if n % 2 else "data"))
     await stage.seen("task", phase="match", count=6)
     await until(lambda: len(asked) >= 2, what="two nodes are asked for")
-    scale.service._spawn_requests._interval_s = 0.0
+    scale.service._spawn_requests._pace = Pace(0.0)
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
     assert sorted(request.domain_token for request in asked) == ["code", "code", "data"]

@@ -79,7 +79,7 @@ async def test_without_waiting_submit_answers_accepted_and_status_has_the_result
     assert full == result
     assert "reply_to" not in record
     assert record["envelope"]["result"]["content"] == "done: sort"
-    assert [hop["phase"] for hop in record["envelope"]["hops"]] == ["sense", "match", "scale", "execute"]
+    assert [hop["phase"] for hop in record["envelope"]["hops"]] == ["sense", "match", "execute"]
     assert record["envelope"]["award"]["bids"][0]["node_id"] == "coder"
 
 
@@ -100,7 +100,6 @@ async def test_every_message_of_a_task_can_be_subscribed_to(
         "intake.public.normal.t-2",
         "task.match.normal.t-2",
         "auction.code",
-        "task.scale.normal.t-2",
         "task.execute.normal.t-2",
         "delta.public.t-2",
         "task.evaluate.normal.t-2",
@@ -124,7 +123,7 @@ async def test_every_message_of_a_task_can_be_subscribed_to(
     assert (reward["score"], reward["node_id"], reward["task_id"]) == (1.0, "coder", "t-2")
 
 
-async def test_labels_are_on_record_result_and_reward_and_no_agent_sees_them(
+async def test_labels_are_in_record_result_and_reward_and_not_in_jobs(
     raw: Client, namespace: str, nodes: list[AgentNode]
 ) -> None:
     messages: list[Msg] = []

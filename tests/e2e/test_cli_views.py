@@ -46,7 +46,7 @@ async def endless(job: RunRequest) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """One that has done a task at the second try and another with a long id, and is at an endless one."""
+    """A cluster with a task done at the second attempt, one with a long id, and an endless running one."""
     nodes = [node("good", echo, loud=0.8), node("bad", fail, loud=0.9), node("slow", endless, loud=0.01)]
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", nodes) as cluster:
         cluster.do(_work(cluster))
@@ -66,7 +66,7 @@ async def _work(cluster: Cluster) -> None:
 
 
 async def _begin(cluster: Cluster, task_id: str) -> None:
-    """Hand in a task that does not end, and wait until it runs."""
+    """Submit an endless task, and wait until it runs."""
 
     async def runs() -> bool:
         record = await handle.record()
@@ -106,7 +106,7 @@ def test_a_task_is_shown_from_submission_to_result(here: Cluster, loom: Loom) ->
     hops = [line.split() for line in out.partition("Hops")[2].partition("Bids")[0].splitlines()[2:] if line.strip()]
     assert [(hop[2], hop[3]) for hop in hops] == [
         (phase, attempt)
-        for attempt, phases in (("1", "sense match scale execute evaluate"), ("2", "match scale execute evaluate"))
+        for attempt, phases in (("1", "sense match execute evaluate"), ("2", "match execute evaluate"))
         for phase in phases.split()
     ]
     assert re.search(r"good +0\.80 +- +0 +0\.80 +0\.00 +0\.\d\d +1\.00 +0\.\d\d", out)
@@ -134,7 +134,7 @@ def test_a_record_is_printed_whole_and_found_by_its_first_digits(here: Cluster, 
     assert record.task_id == HEX
     assert record.envelope.hops
     running = decode(loom("task show going --json").out.encode(), TaskRecord)
-    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match", "scale"]
+    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match"]
 
 
 def test_tasks_are_listed_newest_first_and_filtered_by_their_facts(here: Cluster, loom: Loom) -> None:
@@ -394,7 +394,7 @@ async def _publish(cluster: Cluster, ad: TaskAd) -> None:
 
 
 async def _is_known(cluster: Cluster, task_id: str) -> bool:
-    """Whether MATCH has the task."""
+    """Return whether the task is at MATCH."""
     state = (
         await cluster.bus.jetstream.api(
             f"STREAM.INFO.{cluster.bus.subjects.stream('TASKS')}", {"subjects_filter": f"*.*.match.*.{task_id}"}

@@ -6,7 +6,7 @@ from typing import Any
 from loom.bus.bus import Bus
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.bus.natsio.transport.message import Msg
-from loom.phases.match.offers import HostOffer
+from loom.phases.match.calls.offers import HostOffer
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, Offer
 from loom.schemas.base import decode
 from support.wait import until

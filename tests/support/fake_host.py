@@ -33,6 +33,7 @@ class FakeHost:
         """Subscribe, then announce the host."""
         subjects = self.bus.subjects
         await self.bus.connection.subscribe(subjects.of("auction", "*"), self._on_call)
+        await self.bus.connection.subscribe(subjects.of("call", self.owner, self.host_id), self._on_call)
         await self.bus.connection.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
         await self.bus.connection.subscribe(subjects.of("stop", self.owner, self.host_id), self._on_stop)
         await self.bus.connection.subscribe(subjects.hosts, self._on_hosts)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from msgspec import inspect as mi
 
 import loom.schemas
-from loom.schemas.base import CheckedMessage, Message
+from loom.schemas.auction import ScoredBid, bids_json
+from loom.schemas.base import CheckedMessage, Message, encode
 
 SMALL = 2
 """Most items of a collection: messages nest deep enough as they are."""
@@ -83,6 +84,8 @@ def _values(kind: mi.Type) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0911, PL
             return st.none()
         case mi.AnyType():
             return json_values
+        case mi.RawType():  # the bids of an award
+            return st.lists(_structs(ScoredBid), max_size=SMALL).map(lambda bids: bids_json(map(encode, bids)))
         case _:
             raise NotImplementedError(f"no strategy for {kind}")
 

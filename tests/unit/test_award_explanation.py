@@ -12,10 +12,10 @@ from support.builders import ad, envelope
 from support.strategies import messages
 
 from loom.phases.match.award_policies import POLICIES
+from loom.phases.match.ranked_bids import award as awarded
 from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, AuctionContext
-from loom.phases.match.scoring import award as awarded
 from loom.runner.cli.views.award_explanation import TRUST, rests_on, why
-from loom.schemas.auction import Award, Bid, ScoredBid
+from loom.schemas.auction import Award, Bid, ScoredBid, bids_json
 from loom.schemas.base import decode, encode
 
 
@@ -27,7 +27,9 @@ def bid(node_id: str, **facts: float) -> ScoredBid:
 
 
 def award(*bids: ScoredBid, **facts: Any) -> Award:
-    return Award(node_id=bids[0].node_id, host_id="h", score=bids[0].score, bids=bids, **facts)
+    return Award(
+        node_id=bids[0].node_id, host_id="h", score=bids[0].score, bids_json=bids_json(map(encode, bids)), **facts
+    )
 
 
 @pytest.mark.parametrize("policy", ["", "glr_ucb", "ucb", "greedy"])
@@ -147,7 +149,7 @@ def test_an_award_without_an_auction_names_no_better_node() -> None:
 def test_any_award_can_be_explained(bids: list[ScoredBid], policy: str) -> None:
     ranked = sorted(bids, key=lambda each: -each.score)
 
-    sentence = why(replace(award(*ranked), bids=tuple(ranked), policy=policy))
+    sentence = why(replace(award(*ranked), bids_json=bids_json(map(encode, ranked)), policy=policy))
 
     assert sentence.startswith(f"{ranked[0].node} won with ")
     assert sentence.endswith(".")

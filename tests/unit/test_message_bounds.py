@@ -17,8 +17,9 @@ from loom.compat.reward_formulas import RewardBus
 from loom.phases.adapt.calibration_writer import actual_complexity, recalibrated
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import heir
-from loom.phases.match.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
-from loom.phases.match.scoring import AuctionContext, Awarded, decide
+from loom.phases.match.calls.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
+from loom.phases.match.ranked_bids import Awarded, decide
+from loom.phases.match.scoring import AuctionContext
 from loom.schemas.auction import MAX_TRUST, AnnouncedNode, Bid, HostAnnouncement, Offer
 from loom.schemas.base import MAX_INT, MAX_SECONDS, Message, Undecodable, decode, encode
 from loom.schemas.envelope import Envelope
@@ -65,7 +66,7 @@ def test_everything_in_a_message_is_bounded(shape: type[Message]) -> None:
 
 def with_number(message: Any, field: str, number: str) -> bytes:
     """The JSON of a message with a number in one of its fields that Python could not write there."""
-    plain = {**msgspec.to_builtins(message), field: "@"}
+    plain = {**msgspec.json.decode(encode(message)), field: "@"}
     return encode(plain).replace(b'"@"', number.encode())
 
 
@@ -163,7 +164,7 @@ def test_trust_is_bounded_where_it_is_written() -> None:
     won = decide(envelope(ad(), now=0), [offer("h", [Bid(node_id="n")])], book)
     assert isinstance(won, Awarded)
     assert won.award.bids[0].trust == MAX_TRUST
-    env = awarded(envelope(ad(), now=0), bids=won.award.bids)
+    env = awarded(envelope(ad(), now=0), bids_json=won.award.bids_json)
     assert decode(encode(env), Envelope) == env
 
 

@@ -4,7 +4,8 @@ from support.auctions import announced
 from loom.phases.adapt.evidence import apply_reward
 from loom.runner.cli.views.node_tables import load_of
 from loom.runner.node_overview import Auctioned, auctioned, overviews, standing_of
-from loom.schemas.auction import Award, ScoredBid
+from loom.schemas.auction import Award, ScoredBid, bids_json
+from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning.profile import NodeProfile
@@ -70,7 +71,7 @@ def recorded(task_id: str, domain: str, claim: float) -> TaskRecord:
     envelope = Envelope(
         ad=TaskAd(task_id=task_id, domain=domain, description="x"),
         deadline=1.0,
-        award=Award(node_id="a", host_id="h", bids=(bid,)),
+        award=Award(node_id="a", host_id="h", bids_json=bids_json([encode(bid)])),
     )
     return TaskRecord(task_id=task_id, state="running", envelope=envelope, admitted_at=1.0)
 

@@ -6,12 +6,12 @@ import pytest
 from support.auctions import key
 
 from loom.bus.host_directory import ALIVE_S, HostKey
-from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, NodeOwnership
-from loom.phases.match.presence import (
+from loom.phases.match.calls.presence import (
     ANSWERS_PER_MISS,
     MAX_MISSED_WINDOWS,
     HostPresence,
 )
+from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, NodeOwnership
 from loom.phases.match.timings import MatchTimings
 
 
@@ -25,7 +25,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def no_burst(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_BURST", 1)
+    monkeypatch.setattr("loom.phases.match.calls.presence.UNPROVEN_BURST", 1)
 
 
 def presence(clock: Clock, most: int = 100) -> HostPresence:
@@ -105,7 +105,7 @@ def test_a_silent_proven_host_gets_another_chance_when_it_announces_itself() -> 
 
 
 def test_two_hosts_that_join_one_after_the_other_are_both_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_BURST", 2)
+    monkeypatch.setattr("loom.phases.match.calls.presence.UNPROVEN_BURST", 2)
     hosts = presence(Clock())
     hosts.record_announcement(key("first"))
     assert hosts.awaited_hosts() == {key("first")}
@@ -157,7 +157,7 @@ def test_made_up_hosts_that_offer_are_bounded_and_a_new_host_finds_a_place() -> 
     assert hosts.last_seen_at(key("new")) is not None
 
 
-def test_hosts_that_come_and_go_are_forgotten() -> None:
+def test_silent_hosts_are_dropped() -> None:
     clock = Clock()
     gone: list[HostKey] = []
     hosts = HostPresence(clock, 100, gone.append)

@@ -98,7 +98,7 @@ def test_a_phase_that_had_the_task_twice_in_an_attempt_is_reported_once() -> Non
 
 
 class Watched:
-    """A handle whose record is given, or cannot be read."""
+    """A handle with a given or an unreadable record."""
 
     task_id = "t"
 

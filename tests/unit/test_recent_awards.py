@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import ad, envelope
 
+from loom.phases.match.ranked_bids import Awarded
 from loom.phases.match.recent_awards import MAX_PENDING_S, SWEEP_EVERY_S, RecentAwards
-from loom.phases.match.scoring import AWARD_TO_RUN_S, Awarded
+from loom.phases.match.scoring import AWARD_TO_RUN_S
 from loom.schemas.auction import Award, Bid
 
 

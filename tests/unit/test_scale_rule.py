@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from loom.phases.sense.estimate import with_division
 from loom.phases.shared import scale_rule
 from loom.phases.shared.scale_rule import ScaleReason, scale_reason, with_undivided_note
-from loom.schemas.auction import Award, ScoredBid
+from loom.schemas.auction import Award, ScoredBid, bids_json
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec, Split
@@ -69,7 +69,7 @@ def test_the_rule_reads_no_settings() -> None:
 def test_copies_of_one_message_are_decided_alike_after_different_routes(
     attempt: int, backlog: int, excluded: list[str]
 ) -> None:
-    """What differs between copies that took different ways does not rule whether the task is divided."""
+    """Fields that differ between copies on different routes do not decide about the division."""
     other = replace(
         task(), attempt=attempt, award=replace(AWARD, node_id="n9", backlog=backlog), excluded=tuple(excluded), step=7
     )
@@ -80,8 +80,8 @@ def test_a_winner_is_a_node_on_a_host_of_an_owner() -> None:
     def bid(owner: str) -> ScoredBid:
         return ScoredBid(node_id="n1", owner=owner, host_id="h1", score=1, self_rating=1, trust=1, load=1.0, tools=1)
 
-    assert not scale_rule.is_saturated(replace(AWARD, bids=(bid("acme"),)))
-    assert scale_rule.is_saturated(replace(AWARD, bids=(bid("acme"), bid("local"))))
+    assert not scale_rule.is_saturated(replace(AWARD, bids_json=bids_json([encode(bid("acme"))])))
+    assert scale_rule.is_saturated(replace(AWARD, bids_json=bids_json(map(encode, (bid("local"), bid("acme"))))))
 
 
 # -- what SENSE writes

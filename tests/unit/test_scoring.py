@@ -9,18 +9,9 @@ from support.auctions import key
 from support.builders import ad, envelope
 
 from loom.phases.match.award_policies import POLICIES, Trust
-from loom.phases.match.offers import HostOffer
-from loom.phases.match.scoring import (
-    AllBusy,
-    AuctionContext,
-    Awarded,
-    Exhausted,
-    NoOffers,
-    award,
-    decide,
-    score,
-    tie_break,
-)
+from loom.phases.match.calls.offers import HostOffer
+from loom.phases.match.ranked_bids import AllBusy, Awarded, Exhausted, NoOffers, award, decide, tie_break
+from loom.phases.match.scoring import AuctionContext, score
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score

@@ -53,7 +53,7 @@ def test_a_snapshot_does_not_change_a_known_profile() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1e8, 1e10), st.integers(0, 9_999_999))
 def test_the_snapshot_of_a_full_profile_fits_a_message(scores: list[float], ended_at: float, attempt: int) -> None:
-    """However many judge, and whatever they are called."""
+    """Any number of sources fits, with the longest names."""
     profile, seq = NodeProfile(node_id="n" * 64), 0
     for domain in range(MAX_DOMAINS):
         domain_token = f"{domain:064}"
@@ -74,7 +74,7 @@ def test_the_snapshot_of_a_full_profile_fits_a_message(scores: list[float], ende
     )
 
 
-def test_a_profile_from_before_entries_held_words_is_read() -> None:
+def test_a_profile_without_scores_by_source_is_read() -> None:
     old = b'{"node_id":"a","last_seq":3,"domains":{"code":{"scores":[["t:1:rules",1.0,2.5]],"count":1,"mean":1.0}}}'
     profile = decode(old, NodeProfile)
     assert profile.domains["code"].scores == (Score(attempt_id="t:1:rules", score=1.0, ended_at=2.5),)

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from loom.bus.records import record_from, record_version
-from loom.schemas.auction import Award, ScoredBid
+from loom.schemas.auction import Award, ScoredBid, bids_json
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.checks.ad import parse_ad
 from loom.schemas.decoding.unknown_fields import MAX_DEPTH, unknown_fields, with_unknown_fields
@@ -23,7 +23,7 @@ BID = ScoredBid(node_id="n1", host_id="h1", score=0.5, self_rating=0.5, trust=0.
 ENVELOPE = Envelope(
     ad=TaskAd(task_id="t1", description="x", context={"free": {"any": 1}}),
     spec=Spec(complexity=0.5, domains=("code",), method="given"),
-    award=Award(node_id="n1", host_id="h1", score=0.5, bids=(BID, BID)),
+    award=Award(node_id="n1", host_id="h1", score=0.5, bids_json=bids_json(map(encode, (BID, BID)))),
     result=RunResult(content="c", usd=0.5),
     best_rejected=RejectedResult(result=RunResult(content="b"), score=0.5, node_id="n2", host_id="h2"),
     error=TaskError(code="no_bids"),

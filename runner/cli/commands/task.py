@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-import msgspec
 import typer
 
 from loom.bus import task_client
@@ -21,6 +20,7 @@ from loom.runner.cli.common import (
     client_bus,
     connected,
     domain_slug,
+    json_value,
     node_name,
     print_json,
     resolve_task,
@@ -119,7 +119,7 @@ def _print(
     if as_json:
         for record in records:
             state, phase = states[record.task_id]
-            print_json({**msgspec.to_builtins(record), "phase": phase, "queued": state == QUEUED})
+            print_json({**json_value(record), "phase": phase, "queued": state == QUEUED})
         return
     screen = console()
     if records:
@@ -220,9 +220,9 @@ async def _rewards(bus: Bus, record: TaskRecord) -> tuple[list[Reward], bool]:
 
 def _with_plan(record: TaskRecord, division: Division) -> Any:
     """Return the record as JSON, with the plan of a divided task, but without the plan's copy of the envelope."""
-    document = msgspec.to_builtins(record)
+    document = json_value(record)
     if division.plan is not None:
-        document["plan"] = msgspec.to_builtins(division.plan)
+        document["plan"] = json_value(division.plan)
         del document["plan"]["envelope"]
     return document
 

@@ -1,4 +1,4 @@
-"""What the programs of the floor are told: hosts, message pattern and message sizes."""
+"""The input of the programs of the floor: hosts, message pattern and message sizes."""
 
 from typing import Literal
 

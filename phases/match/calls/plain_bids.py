@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 from loom.bus.host_directory import HostKey
 from loom.phases.match.announced_nodes import AnnouncedNodes, NodeLocation, TaskRequirements
-from loom.phases.match.offers import HostOffer
+from loom.phases.match.calls.offers import HostOffer
 from loom.schemas.auction import AnnouncedNode, Bid
 
 DEFAULT_MAX_RUN_S = 60.0

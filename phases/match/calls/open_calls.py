@@ -2,15 +2,16 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from secrets import token_hex
 
 from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.transport.message import Msg
-from loom.phases.match.offers import HostOffer, OfferReader
+from loom.phases.match.calls.offers import HostOffer, OfferReader
 from loom.schemas.auction import BID_LIMIT, CallForBids
+from loom.schemas.base import encode
 
 MAX_CLOSED_CALLS = 1024
 """Limit of remembered closed calls, which distinguish late offers from offers to unknown calls."""
@@ -46,10 +47,15 @@ class OpenCall:
 
 
 class OpenCalls:
-    """Publishes calls for bids and collects the offers."""
+    """Publishes calls for bids and collects the offers.
 
-    def __init__(self, bus: Bus) -> None:
+    Args:
+        on_late_offer: Called with the host of an offer that arrives after those of all awaited hosts.
+    """
+
+    def __init__(self, bus: Bus, on_late_offer: Callable[[HostKey], None]) -> None:
         self._bus = bus
+        self._on_late_offer = on_late_offer
         self._open: dict[str, OpenCall] = {}
         self._closed: OrderedDict[str, bool] = OrderedDict()
         """Call id -> whether its bid window ran out; False: all awaited hosts had answered before."""
@@ -74,16 +80,24 @@ class OpenCalls:
         """Return a call that is not published."""
         return OpenCall(OfferReader(self._bus.discards, BID_LIMIT), ())
 
-    async def publish(self, call: CallForBids, awaited: Iterable[HostKey], *, window_s: float) -> OpenCall:
-        """Publish a call to all hosts; return it once the awaited hosts have answered, or after `window_s` seconds.
+    async def publish(
+        self,
+        call: CallForBids,
+        awaited: Iterable[HostKey],
+        *,
+        window_s: float,
+        hosts: Sequence[HostKey] | None = None,
+    ) -> OpenCall:
+        """Publish a call; return it once the awaited hosts have answered, or after `window_s` seconds.
 
         Args:
             awaited: Hosts to wait for; without any, the whole window passes.
+            hosts: The hosts that receive the call; None: all hosts.
         """
         opened = self._open[call.call_id] = OpenCall(OfferReader(self._bus.discards, BID_LIMIT), awaited)
         timed_out = True
         try:
-            await self._bus.connection.publish(self._bus.subjects.of("auction", call.domain_token), call)
+            await self._send(call, hosts)
             async with asyncio.timeout(window_s):
                 await opened.complete.wait()
             timed_out = False
@@ -92,6 +106,15 @@ class OpenCalls:
         finally:
             self._close(call.call_id, timed_out=timed_out)
         return opened
+
+    async def _send(self, call: CallForBids, hosts: Sequence[HostKey] | None) -> None:
+        connection, subjects = self._bus.connection, self._bus.subjects
+        if hosts is None:
+            await connection.publish(subjects.of("auction", call.domain_token), call)
+            return
+        encoded = encode(call)
+        for host in hosts:
+            await connection.publish(subjects.of("call", host.owner, host.host_id), encoded)
 
     def _close(self, call_id: str, *, timed_out: bool) -> None:
         del self._open[call_id]
@@ -111,5 +134,6 @@ class OpenCalls:
         elif timed_out:
             reason = "it arrived after the bid window of the call (LOOM_BID_WINDOW_MS)"
         else:
-            return  # all awaited hosts had answered before
+            self._on_late_offer(host)  # all awaited hosts had answered before
+            return
         self._bus.discards.add_from_host(str(host), "offers", "offer_late", reason=reason)
