@@ -82,6 +82,7 @@ class NodeHost:
         self.host_id = new_id()[:12]
         self.bus = bus
         self._timings = timings
+        self._event_prefix = bus.subjects.of("event", bus.identity.owner, self.host_id, "*", "*").removesuffix("*.*")
         self._spawner = spawner
         self._partition = NodePartition(nodes)
         self._nodes = self._partition.own
@@ -307,9 +308,7 @@ class NodeHost:
 
     def _is_own_event_subject(self, reply: str) -> bool:
         """Return whether a reply subject is for this host's events; another subject might reach other services."""
-        parsed = self.bus.subjects.parse(reply)
-        own = {"owner": self.bus.identity.owner, "host_id": self.host_id}
-        return parsed is not None and parsed.family == "event" and own.items() <= parsed.tokens.items()
+        return reply.startswith(self._event_prefix) and reply.count(".", len(self._event_prefix)) == 1
 
     def _start_run(self, run: Run) -> None:
         node = self._find_node(run.request.node_id)

@@ -140,10 +140,11 @@ class RunQueue:
 
     def accepts(self, priority: Priority) -> bool:
         """Return whether there is a place for another run of this priority."""
+        running, queued = len(self.running), self.queued
+        if running >= self.slots and queued >= self.backlog:
+            return False
         late_places = self.backlog // RESERVED_SHARE // 2
-        return not self.full and (
-            len(self.running) + self.queued < self._open_places + late_places or priority in URGENT
-        )
+        return running + queued < self._open_places + late_places or priority in URGENT
 
     def enqueue(self, run: Run) -> None:
         """Add a run behind all runs of the same or a higher priority."""

@@ -20,7 +20,7 @@ from loom.bus.bus import Bus
 from loom.schemas.auction import MAX_LOTS, Bid, CallForBids, Lot
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.identity import Identity, qualified
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 from loom.schemas.run import RunRequest
 from loom.schemas.task import PRIORITIES
 from loom.types import AgentNode, CapabilityProfile

@@ -11,7 +11,7 @@ from loom.agents.host.slots import RunQueue, RunQueues
 from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.phases.execute.timings import HEARTBEAT_S, ExecuteTimings
-from loom.phases.match import presence
+from loom.phases.match.calls import presence
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
 from loom.schemas.task import PRIORITIES, Priority, RunResult
