@@ -25,7 +25,7 @@ async def measure(url: str, namespace: str, phase: str) -> dict[str, Any]:
         started_s, known = time.monotonic() - began, 0
         if phase == "adapt":
             known = len(service._profiles)
-            while service._writer._summaries.stale:
+            while service._writer._summaries.unchecked:
                 await service._flush()
             await service._snapshots._publish()
         else:
