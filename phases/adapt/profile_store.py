@@ -10,6 +10,10 @@ DECODED_SCORES = 300_000
 """Most scores of all profiles that are kept decoded; about 60 MB."""
 
 
+REBUILD_SCORES = 100_000
+"""The same of a rebuild, which needs its memory in addition."""
+
+
 class ProfileStore(Mapping[str, NodeProfile]):
     """Maps a key to a profile; changed profiles stay decoded until many others have changed.
 
