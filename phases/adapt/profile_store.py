@@ -56,6 +56,17 @@ class ProfileStore(Mapping[str, NodeProfile]):
     def __contains__(self, key: object) -> bool:
         return key in self._last_seqs
 
+    def pop(self, key: str) -> NodeProfile | None:
+        """Remove and return a profile; None for an unknown key."""
+        if key not in self:
+            return None
+        profile = self[key]
+        if self._decoded.pop(key, None) is not None:
+            self._scores -= _scores(profile)
+        self._encoded.pop(key, None)
+        del self._last_seqs[key]
+        return profile
+
     def last_seq(self, key: str) -> int | None:
         """Return the last sequence of a profile, without decoding it; None for an unknown key."""
         return self._last_seqs.get(key)
