@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -39,7 +40,7 @@ Row = Mapping[str, Measurement]
 """System -> its measurement in one scenario and one round."""
 
 
-async def measure_bus(amounts: Mapping[str, int]) -> Row:
+async def measure_bus(amounts: Mapping[str, Any]) -> Row:
     """Measure the raw pipe, and FastStream if it is installed."""
     scenario = replace(BUS, **amounts)
     row = {RAW: await measure(raw_pipe(), scenario)}
@@ -139,7 +140,7 @@ def write_docs(lines: Sequence[str], file: Path = DOCS) -> None:
     file.write_text("\n".join((head + BEGIN, *lines, END)) + tail)
 
 
-async def run(chosen: Sequence[Scenario], rounds: int, amounts: Mapping[str, int]) -> list[str]:
+async def run(chosen: Sequence[Scenario], rounds: int, amounts: Mapping[str, Any]) -> list[str]:
     """Measure in interleaved rounds, print the table, and return its lines."""
     bus: list[Row] = []
     measured: dict[str, list[Row]] = {scenario.title: [] for scenario in chosen}

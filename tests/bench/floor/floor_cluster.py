@@ -11,10 +11,11 @@ import nats
 from nats.aio.msg import Msg
 
 from bench.floor.floor_world import FloorWorld, MessageSizes, Pattern
-from bench.scenarios.loop_cluster import namespaces, phase_groups, start_hosts
+from bench.scenarios.loop_cluster import hosts_by_process, namespaces, phase_groups, start_hosts, start_phases
 from bench.scenarios.process_group import Checkout, ProcessGroup, process_group
 from bench.scenarios.scenario import Scenario
 from loom.bus.subjects import Subjects
+from loom.schemas.envelope import Phase
 
 PROGRAMS = Path(__file__).parent
 SETTLE_S = 0.2
@@ -38,19 +39,21 @@ async def floor_cluster(scenario: Scenario, pattern: Pattern, sizes: MessageSize
 
 
 async def _start(group: ProcessGroup, scenario: Scenario, namespace: str, world: str) -> None:
-    for number, phases in enumerate(phase_groups(scenario)):
-        first = number < len(phase_groups(scenario)) // scenario.replicas
-        words = (world, "adapt" if first else "-", *phases)
-        await group.start(f"phases {namespace} {number}", PROGRAMS / "run_phases.py", *words, namespace=namespace)
+    await start_phases(group, namespace, _active_phases(scenario), PROGRAMS / "run_phases.py", world)
     await start_hosts(group, scenario, namespace, PROGRAMS / "run_hosts.py", world)
     await group.start_submitter(f"submitter {namespace}", PROGRAMS / "run_submitter.py", world, namespace=namespace)
 
 
+def _active_phases(scenario: Scenario) -> list[list[Phase]]:
+    """Return the phases of each process without the replicas of ADAPT that stand by."""
+    processes = phase_groups(scenario)
+    first = len(processes) // scenario.replicas
+    return processes[:first] + [[phase for phase in phases if phase != "adapt"] for phases in processes[first:]]
+
+
 def host_names(scenario: Scenario) -> Iterator[str]:
     """Yield the names of a scenario's hosts."""
-    processes = min(scenario.host_processes, scenario.hosts)
-    for number in range(processes):
-        hosts = scenario.hosts // processes + (number < scenario.hosts % processes)
+    for number, hosts in enumerate(hosts_by_process(scenario)):
         yield from (f"p{number}-{host}" for host in range(hosts))
 
 

@@ -47,12 +47,8 @@ class FloorPhases:
         self._evaluated = count(1)
         self._profiles = FloorProfiles(client, world.sizes)
 
-    async def start(self, names: Sequence[Phase], *, adapt: bool) -> None:
-        """Subscribe for the named phases, and take their messages.
-
-        Args:
-            adapt: Whether this process is the active replica of ADAPT.
-        """
+    async def start(self, names: Sequence[Phase]) -> None:
+        """Subscribe for the named phases, and take their messages; only one process may have ADAPT."""
         handlers: dict[Phase, tuple[Lane, Callable[[Msg], None]]] = {
             "sense": (_normal(INTAKE_LANES), self._on_submission),
             "match": (_normal(MATCH_LANES), self._on_match),
@@ -63,7 +59,7 @@ class FloorPhases:
         of, instance = self._subjects.of, self._client.instance
         await self._client.subscribe(of("offer", "*", "*", instance, "*"), self._on_offer)
         await self._client.subscribe(of("event", "*", "*", instance, "*"), self._on_event)
-        if adapt and "adapt" in names:
+        if "adapt" in names:
             await self._profiles.start_writing()
         if "match" in names:
             await self._profiles.start_reading()

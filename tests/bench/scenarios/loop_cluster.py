@@ -1,7 +1,9 @@
 """The whole loop of one checkout in the world of a scenario."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from bench.scenarios.process_group import Checkout, ProcessGroup, process_group
@@ -16,27 +18,38 @@ async def loop_cluster(scenario: Scenario, checkout: Checkout) -> AsyncIterator[
     """Run phases, hosts and submitters of a checkout on a new server."""
     async with process_group(checkout) as group:
         for namespace in namespaces(scenario):
-            await _start_phases(group, scenario, namespace)
+            await start_phases(group, namespace, phase_groups(scenario), PROGRAMS / "run_phases.py")
             await start_hosts(group, scenario, namespace, PROGRAMS / "run_hosts.py", str(scenario.fail_every))
         for namespace in namespaces(scenario):
             await group.start_submitter(f"submitter {namespace}", PROGRAMS / "run_submitter.py", namespace=namespace)
         yield group
 
 
-async def _start_phases(group: ProcessGroup, scenario: Scenario, namespace: str) -> None:
-    for number, phases in enumerate(phase_groups(scenario)):
-        name = f"phases {namespace} {number}"
-        program = PROGRAMS / "run_phases.py"
-        await group.start(name, program, *phases, namespace=namespace)
+async def start_phases(
+    group: ProcessGroup, namespace: str, processes: Sequence[Sequence[Phase]], program: Path, *words: str
+) -> None:
+    """Start the processes of the phases: the first creates the streams, then the others start together."""
+    first, *others = (
+        partial(group.start, f"phases {namespace} {number}", program, *words, *phases, namespace=namespace)
+        for number, phases in enumerate(processes)
+    )
+    await first()
+    await asyncio.gather(*(start() for start in others))
 
 
 async def start_hosts(group: ProcessGroup, scenario: Scenario, namespace: str, program: Path, *words: str) -> None:
     """Start the scenario's hosts in its number of processes."""
-    processes = min(scenario.host_processes, scenario.hosts)
-    for number in range(processes):
-        hosts = scenario.hosts // processes + (number < scenario.hosts % processes)
+    starts = []
+    for number, hosts in enumerate(hosts_by_process(scenario)):
         arguments = (f"p{number}", str(hosts), str(scenario.nodes_each), *words)
-        await group.start(f"hosts {namespace} {number}", program, *arguments, namespace=namespace)
+        starts.append(group.start(f"hosts {namespace} {number}", program, *arguments, namespace=namespace))
+    await asyncio.gather(*starts)
+
+
+def hosts_by_process(scenario: Scenario) -> list[int]:
+    """Return the number of hosts of each process that runs hosts."""
+    processes = min(scenario.host_processes, scenario.hosts)
+    return [scenario.hosts // processes + (number < scenario.hosts % processes) for number in range(processes)]
 
 
 def phase_groups(scenario: Scenario) -> list[list[Phase]]:
