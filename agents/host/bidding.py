@@ -1,5 +1,6 @@
 """Selects the nodes of a host that bid on a call for bids."""
 
+import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,18 +30,24 @@ class Bidder:
         self._owner = owner
         self._rankings: dict[str, Ranking] = {}
         """Domain token -> ranking of the nodes, the one used last at the end."""
+        self._read: set[str] = set()
+        """Domains whose self-ratings were read in this turn of the event loop."""
 
-    def offer(self, call: CallForBids) -> Offer:
+    def offer(self, call: CallForBids, *, in_turn: bool = False) -> Offer:
         """Return the bids of up to `call.limit` nodes, each for all lots of the call, or a decline.
 
         Preferred nodes come first, then nodes with a higher self-rating, then nodes with a lower load. A node that
         rates the domain 0 does not bid.
+
+        Args:
+            in_turn: Whether self-ratings that such a call has read in this turn of the event loop are used again,
+                because no program has changed them since.
         """
         domain = call.domain_token
         tools, excluded = call.required_tools, frozenset(call.excluded)
         best: list[Node] = []
         are_qualified = False
-        for node in self._ranking(domain).nodes(self._preferred_ids(call)):
+        for node in self._ranking(domain, in_turn=in_turn).nodes(self._preferred_ids(call)):
             if not node.has_tools(tools) or (excluded and qualified(self._owner, node.id) in excluded):
                 continue
             are_qualified = True
@@ -52,14 +59,22 @@ class Bidder:
             return Offer(decline="busy" if are_qualified else "unqualified")
         return Offer(bids=tuple([self._queues.get(node.id).bid(node, domain, tools) for node in best]))
 
-    def _ranking(self, domain: str) -> "Ranking":
+    def forget_ratings(self) -> None:
+        """Read the self-ratings again for the next call."""
+        self._read.clear()
+
+    def _ranking(self, domain: str, *, in_turn: bool) -> "Ranking":
         """Return the current ranking of the nodes for a domain."""
         nodes = self._nodes()
         ranking = self._rankings.pop(domain, None)
         if ranking is None or not ranking.is_of(nodes):
             ranking = Ranking(nodes, self._queues, domain)
         else:
-            ranking.update()
+            ranking.update(with_ratings=not in_turn or domain not in self._read)
+        if in_turn:
+            if not self._read:
+                asyncio.get_running_loop().call_soon(self._read.clear)
+            self._read.add(domain)
         self._rankings[domain] = ranking
         if len(self._rankings) > MAX_RANKINGS:
             del self._rankings[next(iter(self._rankings))]
@@ -100,9 +115,9 @@ class Ranking:
         """Return whether the ranking is of this list of nodes."""
         return nodes is self._nodes
 
-    def update(self) -> None:
-        """Adopt all changes of self-ratings and loads since the last call."""
-        ratings = self._read_ratings()
+    def update(self, *, with_ratings: bool) -> None:
+        """Adopt all changes of loads, and `with_ratings` those of self-ratings, since the last call."""
+        ratings = self._read_ratings() if with_ratings else self._ratings
         if ratings != self._ratings:
             changed = [place for place, rating in enumerate(ratings) if rating != self._ratings[place]]
             self._ratings = ratings

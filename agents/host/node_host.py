@@ -265,7 +265,7 @@ class NodeHost:
             self.bus.discards.add("call_undecodable", reason=error.message)
             return
         try:
-            offer = self.offer(call)
+            offer = self.offer(call, in_turn=True)
         except BaseException as error:  # noqa: BLE001 - a node may be of a user's class, which may raise anything
             log.error("node_raised", domain_token=call.domain_token, **error_fields(error))
             offer = Offer(decline="unqualified")
@@ -274,9 +274,13 @@ class NodeHost:
             self.bus.subjects.of("offer", self.bus.identity.owner, self.host_id, *answer_to), offer
         )
 
-    def offer(self, call: CallForBids) -> Offer:
-        """Return the host's bids on a call, or a decline."""
-        return Offer(decline="draining") if self._draining else self._bidder.offer(call)
+    def offer(self, call: CallForBids, *, in_turn: bool = False) -> Offer:
+        """Return the host's bids on a call, or a decline.
+
+        Args:
+            in_turn: As for `Bidder.offer`.
+        """
+        return Offer(decline="draining") if self._draining else self._bidder.offer(call, in_turn=in_turn)
 
     # -- runs
 
@@ -342,3 +346,4 @@ class NodeHost:
             return
         if lifecycle.profile is not None:
             node.mirror(lifecycle.profile)
+            self._bidder.forget_ratings()

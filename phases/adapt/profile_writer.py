@@ -144,7 +144,7 @@ class ProfileWriter:
         rebuilt = (await rebuild(self._bus, forget=self._forget, weights=self._weights)).profiles
         for key in {*keys, *(rebuilt.keys() - self._profiles.keys())}:
             # A stream without rewards of the node was lost: the stored profile is all that is left.
-            profile = rebuilt.get(key)
+            profile = rebuilt.pop(key)  # two copies of all profiles would need too much memory
             self._profiles[key] = replace(self._profiles[key], last_seq=0) if profile is None else profile
             self._unwritten[key] = []
             self._on_change()
@@ -311,7 +311,7 @@ class ProfileWriter:
     def _mark_summary(self, key: str, after_s: float | None = None) -> None:
         """Mark a summary for a check after `after_s` seconds; by default, another replica has time to write it."""
         after_s = self._standby_s if after_s is None else after_s
-        self._summaries.stale[key] = time.monotonic() + after_s
+        self._summaries.check_later(key, time.monotonic() + after_s)
         asyncio.get_running_loop().call_later(after_s, self._on_change)
 
     async def _exceeds_stream(self, key: str, last_seq: int) -> bool:

@@ -64,7 +64,7 @@ def agrees(summary: ProfileSummary, profile: NodeProfile) -> bool:
 class SummaryWriter:
     """Writes summaries to the bucket of profiles, next to the profile of the same node, by compare-and-set.
 
-    A summary that does not agree with its profile, or is missing, is stale until it is written again.
+    A summary that is missing, or does not agree with its profile, is stale.
 
     Args:
         bus: A connected bus.
@@ -77,8 +77,13 @@ class SummaryWriter:
         self._stored: dict[str, ProfileSummary] = {}
         """Key of the profile -> its summary as stored."""
         self._revisions: dict[str, int] = {}
-        self.stale: dict[str, float] = {}
+        self._check_at: dict[str, float] = {}
         """Key of a profile -> monotonic time at which its summary is checked, and written if it does not agree."""
+
+    @property
+    def unchecked(self) -> int:
+        """Number of summaries that have to be checked."""
+        return len(self._check_at)
 
     async def load(self) -> None:
         """Load the stored summaries."""
@@ -86,11 +91,11 @@ class SummaryWriter:
         try:
             while not reader.caught_up:
                 for entry in await reader.batch():
-                    self._revisions[entry.key.rpartition(".")[0]] = entry.revision
+                    self._revisions[_profile_key(entry.key)] = entry.revision
                     if entry.key == entry.value.key:
                         self._stored[entry.value.node_key] = entry.value
                 for key, revision in reader.unreadable.items():
-                    self._revisions[key.rpartition(".")[0]] = revision
+                    self._revisions[_profile_key(key)] = revision
         finally:
             await reader.stop()
 
@@ -122,24 +127,28 @@ class SummaryWriter:
             self._stored[key] = summary
             return
 
+    def check_later(self, key: str, at: float) -> None:
+        """Have the summary of a profile checked by the first `write_stale` after the monotonic time `at`."""
+        self._check_at[key] = at
+
     async def write_stale(self, now: float, unwritten: Container[str]) -> None:
-        """Write those of the stale summaries that do not agree with their profiles.
+        """Check the summaries whose time has come, and write those that do not agree with their profiles.
 
         Args:
-            now: Monotonic time; summaries that are to be checked later stay stale.
+            now: Monotonic time.
             unwritten: Keys of profiles that are not stored yet; their summaries are written after them.
 
         Raises:
             BusUnavailable: The server has not answered.
         """
-        due = [key for key, check_at in self.stale.items() if check_at <= now and key not in unwritten]
+        due = [key for key, check_at in self._check_at.items() if check_at <= now and key not in unwritten]
         await for_each(due, self._write_if_stale)
 
     async def _write_if_stale(self, key: str) -> None:
         profile = self._profiles.get(key)
         if profile is not None and self.is_stale(key, profile):
             await self.write(profile)
-        self.stale.pop(key, None)
+        self._check_at.pop(key, None)
 
     async def follow(self, on_change: Callable[[str, ProfileSummary | None], Awaitable[None]]) -> None:
         """Follow the stored summaries.
@@ -156,7 +165,7 @@ class SummaryWriter:
                 usable = [(entry.key, entry.revision, entry.value) for entry in batch]
                 unusable = [(key, revision, None) for key, revision in reader.unreadable.items()]
                 for key, revision, summary in (*usable, *unusable):
-                    await self._on_entry(key.rpartition(".")[0], revision, summary, on_change)
+                    await self._on_entry(_profile_key(key), revision, summary, on_change)
         finally:
             await reader.stop()
 
@@ -190,3 +199,8 @@ class SummaryWriter:
             return None
         self._stored[key] = entry.value
         return entry.value
+
+
+def _profile_key(key: str) -> str:
+    """Return the key of the profile that belongs to the key of a summary."""
+    return key.rpartition(".")[0]

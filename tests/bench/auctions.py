@@ -48,7 +48,9 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
 
             async def once() -> None:
                 spec = Spec(complexity=0.3, domains=("code",), method="given")
-                verdict = await match._auction(Envelope(ad=ad(), spec=spec, deadline=bus.clock.now() + WITHIN_S), spec)
+                verdict = await match._auctioneer.hold_auction(
+                    Envelope(ad=ad(), spec=spec, deadline=bus.clock.now() + WITHIN_S), spec
+                )
                 assert isinstance(verdict, Awarded), verdict
 
             await closed_loop(once, 20, 1)

@@ -267,6 +267,38 @@ def test_the_rankings_of_the_domains_called_for_last_are_kept() -> None:
     assert "d1" not in host._bidder._rankings
 
 
+class Claiming(AgentNode):
+    """A node that counts how often its self-rating is read."""
+
+    claims = 0
+
+    def claim(self, domain: str) -> float:
+        Claiming.claims += 1
+        return super().claim(domain)
+
+
+async def test_self_ratings_are_read_once_for_all_calls_of_a_turn_of_the_event_loop() -> None:
+    hosted = [Claiming(id=f"n{n}", agent=agent, capabilities=CapabilityProfile(scores={"code": 0.5})) for n in range(9)]
+    host = NodeHost(UNCONNECTED, lambda: cast("list[Node]", hosted))
+    host.offer(call_for_bids())
+
+    def order() -> list[str]:
+        Claiming.claims = 0
+        return [bid.node_id for bid in host.offer(call_for_bids(limit=2), in_turn=True).bids]
+
+    for turn in range(3):
+        hosted[turn].capabilities.scores["code"] = 0.6 + turn / 10
+        assert order()[0] == f"n{turn}"
+        assert Claiming.claims == 9 + 2
+        in_hand(host, f"n{turn}", SLOTS + BACKLOG + 99)
+        assert order()[0] != f"n{turn}"
+        assert Claiming.claims == 2
+        host._bidder.forget_ratings()
+        order()
+        assert Claiming.claims == 9 + 2
+        await asyncio.sleep(0)
+
+
 # -- lots
 
 
