@@ -10,6 +10,10 @@ DECODED_SCORES = 300_000
 """Most scores of all profiles that are kept decoded; about 60 MB."""
 
 
+REBUILD_SCORES = 100_000
+"""The same of a rebuild, which needs its memory in addition."""
+
+
 class ProfileStore(Mapping[str, NodeProfile]):
     """Maps a key to a profile; changed profiles stay decoded until many others have changed.
 
@@ -51,6 +55,17 @@ class ProfileStore(Mapping[str, NodeProfile]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._last_seqs
+
+    def pop(self, key: str) -> NodeProfile | None:
+        """Remove and return a profile; None for an unknown key."""
+        if key not in self:
+            return None
+        profile = self[key]
+        if self._decoded.pop(key, None) is not None:
+            self._scores -= _scores(profile)
+        self._encoded.pop(key, None)
+        del self._last_seqs[key]
+        return profile
 
     def last_seq(self, key: str) -> int | None:
         """Return the last sequence of a profile, without decoding it; None for an unknown key."""

@@ -144,7 +144,7 @@ class ProfileWriter:
         rebuilt = (await rebuild(self._bus, forget=self._forget, weights=self._weights)).profiles
         for key in {*keys, *(rebuilt.keys() - self._profiles.keys())}:
             # A stream without rewards of the node was lost: the stored profile is all that is left.
-            profile = rebuilt.get(key)
+            profile = rebuilt.pop(key)  # two copies of all profiles would need too much memory
             self._profiles[key] = replace(self._profiles[key], last_seq=0) if profile is None else profile
             self._unwritten[key] = []
             self._on_change()

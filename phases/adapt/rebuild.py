@@ -10,7 +10,7 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.queries import between
 from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.adapt.profile_store import ProfileStore
+from loom.phases.adapt.profile_store import REBUILD_SCORES, ProfileStore
 from loom.phases.adapt.reward_weights import WEIGHTS
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.learning.profile import PROFILE_KEYS, NodeProfile
@@ -76,8 +76,8 @@ async def rebuild(
     """
     state = (await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('REWARDS')}"))["state"]
     first, last = state["first_seq"], state["last_seq"]
-    start = Start(0, ProfileStore(), whole=True) if first <= 1 else await _read_start(bus, first, last)
-    profiles, earlier, at = start.profiles.copy(), ProfileStore(), at or {}
+    start = Start(0, ProfileStore(REBUILD_SCORES), whole=True) if first <= 1 else await _read_start(bus, first, last)
+    profiles, earlier, at = start.profiles.copy(), ProfileStore(REBUILD_SCORES), at or {}
     for key in profiles:
         if profiles.last_seq(key) == at.get(key):
             earlier[key] = profiles[key]
@@ -122,14 +122,14 @@ class SnapshotRounds:
         """Add the next snapshot of the stream; return the start of a rebuild once its round is complete."""
         if snapshot.through + 1 < self._first:
             return None
-        profiles = self._rounds.setdefault(snapshot.through, ProfileStore())
+        profiles = self._rounds.setdefault(snapshot.through, ProfileStore(REBUILD_SCORES))
         profiles[snapshot.profile.key] = snapshot.profile
         return Start(snapshot.through, profiles, whole=True) if len(profiles) >= snapshot.nodes else None
 
     @property
     def nothing(self) -> Start:
         """The start of a rebuild without a complete round."""
-        return Start(self._first - 1, ProfileStore(), whole=False)
+        return Start(self._first - 1, ProfileStore(REBUILD_SCORES), whole=False)
 
 
 async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS) -> tuple[Rebuilt, list[Compared]]:

@@ -30,6 +30,8 @@ OVERHEAD_BYTES = 256
 """Bytes that the server may store for a message in addition to body and subject: headers and its own entry."""
 NEAR = 1000
 """Messages that a reader near the end of the stream may still have to read."""
+ROUNDS = 2
+"""Incomplete rounds that are followed at a time: replicas publish one each if a lease has run out."""
 LEASE = "snapshots"
 
 
@@ -52,8 +54,8 @@ class Snapshots:
         self._read_to = 0
         self._since = 0
         """Bytes read since the last complete round."""
-        self._round: tuple[int, set[str]] = (0, set())
-        """Sequence at which the round that is being read was taken, and its nodes read so far."""
+        self._rounds: dict[int, tuple[set[str], int]] = {}
+        """Sequence at which an incomplete round was taken -> its nodes and bytes read so far."""
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -66,7 +68,7 @@ class Snapshots:
 
     def on_stream_reset(self) -> None:
         """Count from zero, for a new stream that has replaced a lost one."""
-        self._read_to, self._since, self._round = 0, 0, (0, set())
+        self._read_to, self._since, self._rounds = 0, 0, {}
         self._due.clear()
 
     async def stop(self) -> None:
@@ -78,21 +80,26 @@ class Snapshots:
     def count(self, message: StoredMessage, reward: Reward | None) -> None:
         """Count a message that has been read, after its reward, if any, was applied."""
         self._read_to = message.seq
-        self._since += len(message.data) + len(message.subject) + OVERHEAD_BYTES
+        size = len(message.data) + len(message.subject) + OVERHEAD_BYTES
         if reward is not None and reward.snapshot is not None:
-            self._count_part(reward.snapshot)
+            self._count_part(reward.snapshot, size)
+        else:
+            self._since += size
         if self._since > SHARE * self._limit and message.pending < NEAR:  # otherwise a complete round may still follow
             self._due.set()
 
-    def _count_part(self, part: Snapshot) -> None:
-        through, nodes = self._round
-        if part.through != through:
-            nodes = set()
+    def _count_part(self, part: Snapshot, size: int) -> None:
+        """Count a snapshot; those of a round count like other messages once two newer rounds have begun."""
+        nodes, size_before = self._rounds.pop(part.through, (set(), 0))
         nodes.add(part.profile.key)
-        self._round = part.through, nodes
         if len(nodes) >= part.nodes:
             self._since = 0
             self._due.clear()
+            return
+        self._rounds[part.through] = nodes, size_before + size
+        if len(self._rounds) > ROUNDS:
+            _, abandoned = self._rounds.pop(next(iter(self._rounds)))
+            self._since += abandoned
 
     async def _publish_when_due(self) -> None:
         while True:

@@ -95,3 +95,10 @@ async def test_ten_thousand_nodes_with_full_windows_start_stay_small_and_are_reb
     rebuilt, compared = await compare(bus, forget=True)
     assert rebuilt.start.whole
     assert Counter(node.verdict for node in compared) == {"same": NODES}
+
+    await bus.jetstream.api(f"STREAM.PURGE.KV_{bus.subjects.bucket('nodes')}")
+    from_snapshots = await measured(bus, "adapt")
+    assert from_snapshots["nodes"] == NODES
+    assert from_snapshots["peak_mb"] < MAX_MB
+    _, compared = await compare(bus, forget=True)
+    assert Counter(node.verdict for node in compared) == {"same": NODES}

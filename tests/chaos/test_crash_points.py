@@ -34,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 HOP = ("fetched", "handled, unpublished", "published, unconfirmed", "confirmed, unacked", "acked")
 RUNNING = ("recorded", "relayed")
+TO_SCALE = {"plan": True}
+"""Context of a task that passes SCALE, which keeps it whole because no model can plan it."""
 RUN_S = 2.0  # longer than a message of a dead replica takes to come again: it meets the run alive
 
 
@@ -82,7 +84,7 @@ class CrashScenario(Stage):
         self.runs: Counter[int] = Counter()
         """Attempt -> number of runs."""
         self.hosts: list[NodeHost] = []
-        self.task = ad("survive")
+        self.task = ad("survive", context=TO_SCALE if crash.phase == "scale" else {})
         self._durable = durable
 
     async def _lay_out(self) -> None:

@@ -37,6 +37,8 @@ from loom.schemas.task import Submission, TaskAd
 
 WITHIN_S = 30
 LANES = ("intake", "sense", "match", "scale", "execute", "evaluate")
+TO_SCALE = {"plan": True}
+"""Context of a task that passes SCALE, which keeps it whole because no model can plan it."""
 DEEP = b"[" * 1200 + b"]" * 1200
 
 
@@ -289,7 +291,7 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
         await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace))
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
         before = [await task_client.publish(bus, _neighbour(n)) for n in range(3)]
-        handle = await task_client.publish(bus, TaskAd(task_id="killer", description="x", context={MARK: True}))
+        handle = await task_client.publish(bus, TaskAd(task_id="killer", description="x", context={MARK: True, **TO_SCALE}))
         behind = [await task_client.publish(bus, _neighbour(n)) for n in range(3, 6)]
         process = await stack.enter_async_context(command(tmp_path, *words, **env))
         meanwhile = list[TaskHandle]()
@@ -316,4 +318,4 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
 
 
 def _neighbour(number: int) -> TaskAd:
-    return TaskAd(task_id=f"neighbour-{number}", description="count the words", domain="code")
+    return TaskAd(task_id=f"neighbour-{number}", description="count the words", domain="code", context=TO_SCALE)

@@ -23,7 +23,9 @@ def test_a_store_is_a_dictionary_however_little_of_it_is_decoded(
     store, plain = ProfileStore(decoded_scores=limit), dict[str, NodeProfile]()
     for node, scores, seq in history:
         store[node] = plain[node] = profile(node, scores, seq)
-        assert store == plain
+        if scores == 0:
+            assert store.pop(node) == plain.pop(node)
+        assert (store == plain, store.pop("unknown")) == (True, None)
         assert {key: store.last_seq(key) for key in store} == {key: kept.last_seq for key, kept in plain.items()}
     assert ("g" in store, store.get("g"), store.last_seq("g")) == (False, None, None)
     assert len(store) == len(plain)
