@@ -291,7 +291,9 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
         await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace))
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
         before = [await task_client.publish(bus, _neighbour(n)) for n in range(3)]
-        handle = await task_client.publish(bus, TaskAd(task_id="killer", description="x", context={MARK: True, **TO_SCALE}))
+        handle = await task_client.publish(
+            bus, TaskAd(task_id="killer", description="x", context={MARK: True, **TO_SCALE})
+        )
         behind = [await task_client.publish(bus, _neighbour(n)) for n in range(3, 6)]
         process = await stack.enter_async_context(command(tmp_path, *words, **env))
         meanwhile = list[TaskHandle]()
