@@ -3,7 +3,8 @@
 Consumes   task.match.<priority>.*   one lane per priority
            offer.*.*.<instance>.*    the offers to this replica's calls
            host.*.*                  announcements of node hosts
-Publishes  auction.<domain_token>    a call for bids, which every node host answers
+Publishes  auction.<domain_token>    a call for bids on one or several tasks, which every node host answers
+           call.<owner>.<host>       the same call to each host of a shortlist, where there are more than 64 hosts
            task.execute              the envelope with its award
            task.scale                an envelope that SCALE has something to do with: to be divided, without offers, or
                                      awarded to a full node while a host can start another one

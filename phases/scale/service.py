@@ -1,8 +1,10 @@
-"""Scale: divide a hard task into a graph of subtasks, request a node where one is missing, and pass on all other tasks.
+"""Scale: divide a hard task into a graph of subtasks, and request a node where one is missing.
 
-Consumes   task.scale.*.*    awarded tasks; the notices SubtaskEnded, PlanTimeout and ParentEnded
+Consumes   task.scale.*.*    tasks to be divided, without offers, or awarded to a full node, from MATCH, which sends all
+                             others to EXECUTE; the notices SubtaskEnded, PlanTimeout and ParentEnded
 Publishes  task.sense        the first envelope of each subtask, once all of its dependencies have succeeded
            later.<parent>    a PlanTimeout with the parked parent, due at the parent's deadline
+           task.match        a task without offers, after the request for a node
            task.execute      an undivided task, or a parent with the outputs of its subtasks for the synthesis
            cancel.<child>    the cancellation of a subtask whose parent has ended
            subtask.<submitter>.<parent>   the start or the end of a subtask
@@ -44,7 +46,7 @@ LATE_WHILE_PARKED = TaskError(code="deadline_exceeded", message="the deadline pa
 
 
 class Scale:
-    """The SCALE service: divides hard tasks into subtasks and requests nodes; all other tasks pass through.
+    """The SCALE service: divides hard tasks into subtasks and requests nodes.
 
     A divided task is parked until its subtasks have ended, and then goes to EXECUTE with their outputs.
 

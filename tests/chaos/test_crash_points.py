@@ -34,8 +34,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 HOP = ("fetched", "handled, unpublished", "published, unconfirmed", "confirmed, unacked", "acked")
 RUNNING = ("recorded", "relayed")
-TO_SCALE = {"plan": True}
-"""Context of a task that passes SCALE, which keeps it whole because no model can plan it."""
 RUN_S = 2.0  # longer than a message of a dead replica takes to come again: it meets the run alive
 
 
@@ -45,7 +43,7 @@ class Crash(NamedTuple):
     phase: Phase
     point: str
     task: str = "plain"
-    """plain; refused: the first attempt fails; cancelled: while it runs."""
+    """plain; whole: SCALE decides not to divide it; refused: the first attempt fails; cancelled: while it runs."""
 
 
 CRASHES: dict[str, Sequence[Crash]] = {
@@ -54,7 +52,7 @@ CRASHES: dict[str, Sequence[Crash]] = {
         Crash("sense", point, "cancelled") for point in ("cancel sent to evaluate", "cancel recorded")
     ],
     "match": [Crash("match", point) for point in HOP],
-    "scale": [Crash("scale", point) for point in HOP],
+    "scale": [Crash("scale", point, "whole") for point in (*HOP, "plan stored")],
     "execute": [Crash("execute", point) for point in (*HOP, "recorded", "relayed")],
     "evaluate at the end": [
         Crash("evaluate", point)
@@ -84,7 +82,7 @@ class CrashScenario(Stage):
         self.runs: Counter[int] = Counter()
         """Attempt -> number of runs."""
         self.hosts: list[NodeHost] = []
-        self.task = ad("survive", context=TO_SCALE if crash.phase == "scale" else {})
+        self.task = ad("survive", context={"plan": True} if crash.task == "whole" else {})
         self._durable = durable
 
     async def _lay_out(self) -> None:

@@ -26,6 +26,7 @@ from loom.bus.dead_letters.admin import Letter
 from loom.bus.hops.delivery import DEAD_AFTER
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
+from loom.phases.shared.scale_rule import PLAN_KEY
 from loom.runner.services import running_nodes
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
@@ -37,7 +38,7 @@ from loom.schemas.task import Submission, TaskAd
 
 WITHIN_S = 30
 LANES = ("intake", "sense", "match", "scale", "execute", "evaluate")
-TO_SCALE = {"plan": True}
+TO_SCALE = {PLAN_KEY: True}
 """Context of a task that passes SCALE, which keeps it whole because no model can plan it."""
 DEEP = b"[" * 1200 + b"]" * 1200
 

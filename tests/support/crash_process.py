@@ -149,6 +149,7 @@ POINTS: dict[str, Patch] = {
     "published, unconfirmed": stored("task", "later"),
     "confirmed, unacked": before(HopLoop, "_checkpoint", _at("before ack")),
     "acked": sent(HopLoop, "_checkpoint", _at("acked")),
+    "bids called for": after(BusConnection, "publish", _on("auction")),
     "recorded": after(Bucket, "update", _in("records")),
     "relayed": after(BusConnection, "publish", _on("delta")),
     "rewarded": sent(BusConnection, "publish", _on("result")),
