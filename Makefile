@@ -14,7 +14,7 @@ help:
 	@echo 'make check   what a change must pass: linters, types, import directions, tests'
 	@echo 'make coverage   the tests, with the share of lines and branches that they run, by folder'
 	@echo 'make slow    the tests that take longer'
-	@echo 'make bench   what the loop costs beside the bus alone; takes some minutes, on a machine without other work'
+	@echo 'make bench   what the loop costs beside the bus alone; takes about half an hour, on a machine without other work'
 	@echo 'make docs    build the pages and the API reference as a site in build/site'
 	@echo 'make fmt     format the code'
 	@echo 'make setup   only prepare .venv'
@@ -61,6 +61,7 @@ slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal --timeout 180 -m 'slow and not container'
 
 bench: .venv/.bench
+	$(BIN)/python tests/bench/costs.py --rounds 1
 	$(BIN)/python tests/bench/loop.py
 	$(BIN)/python tests/bench/scales.py
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 from msgspec.structs import replace
@@ -11,14 +10,17 @@ from loom.agents.job import Answer, Job
 from loom.agents.protocol import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
-from loom.agents.user_code import ClosingIterator, call, contain
+from loom.agents.user_code import ClosingIterator, UserFunction, contain
 from loom.agents.values import NotText, to_text
-from loom.agents.yielded_values import EVENTS, deltas, event_in, events_of
+from loom.agents.yielded_values import EVENTS, ONLY_STEP_ENDS, ONLY_STEP_STARTS, deltas, event_in, events_of
 from loom.schemas.base import MAX_CONTENT_BYTES, total
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage
+from loom.schemas.events import AgentEvent, Done, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
+
+NO_USAGE = TokenUsage()
+"""Usage of a function that reports no costs in its values."""
 
 
 class FunctionAgent:
@@ -38,7 +40,7 @@ class FunctionAgent:
     def __init__(self, fn: Callable[..., Any], *, tools: Sequence[str] = (), name: str | None = None) -> None:
         self.name = name or name_of(fn)
         self.tools = tuple(tools)
-        self._fn = fn
+        self._fn = UserFunction(fn)
         self._takes_text = takes_text(fn)
 
     async def stream(self, job: RunRequest) -> AsyncGenerator[AgentEvent, None]:
@@ -49,14 +51,21 @@ class FunctionAgent:
         """
         started = time.monotonic()
         written = _CollectedText()
-        yield StepStart(step=1, total_steps=1)
+        yield ONLY_STEP_STARTS
         try:
-            async with aclosing(self._events(job, written)) as events:
-                async for event in events:
+            job = job if isinstance(job, Job) else Job.of(job)
+            result = await self._fn.call(job.description if self._takes_text else job)
+            source = _async_iterable(result)
+            if source is not None:
+                async with ClosingIterator(source) as pieces:
+                    async for piece in pieces:
+                        for event in written.add(piece):
+                            yield event
+            elif result is not None:
+                for event in written.add_returned(result):
                     yield event
         except LoomError as error:
-            if getattr(error, "spent", None) is None and written.content:
-                vars(error)["spent"] = Done(content=written.content, usage=written.usage)
+            written.add_to(error)
             raise
         except NotText as error:
             raise AgentFailed(f"{self.name} did not return text: {error}", task_id=job.task_id) from error
@@ -64,39 +73,26 @@ class FunctionAgent:
             raise raised(error, job) from error
         if not written.content.strip():
             raise AgentFailed(f"{self.name} returned nothing", task_id=job.task_id)
-        yield StepEnd(step=1)
+        yield ONLY_STEP_ENDS
         duration_ms = (time.monotonic() - started) * 1000
         yield Done(content=written.content, steps=1, duration_ms=duration_ms, usage=written.usage)
-
-    async def _events(self, job: RunRequest, written: "_CollectedText") -> AsyncGenerator[AgentEvent, None]:
-        job = job if isinstance(job, Job) else Job.of(job)
-        result = await call(self._fn, job.description if self._takes_text else job)
-        with contain():
-            source = _async_iterable(result)
-        if source is not None:
-            async with ClosingIterator(source) as pieces:
-                async for piece in pieces:
-                    for event in written.add(piece):
-                        yield event
-        elif result is not None:
-            for event in written.add_returned(result):
-                yield event
 
 
 def _async_iterable(result: Any) -> AsyncIterable[Any] | None:
     """Return the async iterable of a generator's result, or None for an answer that was returned."""
     if type(result) is str:
         return None
-    if isinstance(result, Generator):
-        return ThreadedIteration(result)
-    return result if hasattr(result, "__aiter__") else None
+    with contain():
+        if isinstance(result, Generator):
+            return ThreadedIteration(result)
+        return result if hasattr(result, "__aiter__") else None
 
 
 class _CollectedText:
     """Collects the text of a function, up to the size limit of a result, and the costs in its values."""
 
     def __init__(self) -> None:
-        self.usage = TokenUsage()
+        self.usage = NO_USAGE
         self._output = Output()
         self._pieces: list[str] = []
         self._chars_left = MAX_CONTENT_BYTES + 1
@@ -106,6 +102,12 @@ class _CollectedText:
     def content(self) -> str:
         """The collected text."""
         return "".join(self._pieces)
+
+    def add_to(self, error: LoomError) -> None:
+        """Add the text and its costs to the error of the function, unless it has its own."""
+        content = self.content
+        if content and getattr(error, "spent", None) is None:
+            vars(error)["spent"] = Done(content=content, usage=self.usage)
 
     def add(self, piece: Any) -> Iterable[AgentEvent]:
         """Add a yielded value and return it as events.
@@ -126,6 +128,8 @@ class _CollectedText:
 
     def add_returned(self, value: Any) -> Iterable[AgentEvent]:
         """Add a returned value and return it as events; text beyond the size limit is not converted."""
+        if type(value) is str:
+            return self._keep(to_text(value[: self._chars_left]))
         with contain():
             text = self._text(value[: self._chars_left] if isinstance(value, str) else value)
         return self._keep(text)

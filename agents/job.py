@@ -48,11 +48,11 @@ class Job(RunRequest, frozen=True, kw_only=True):
     """Sum of the reported costs, without the usage of an `Answer`."""
 
     @classmethod
-    def of(cls, request: RunRequest) -> Self:
-        """Return the job of a request, with no costs."""
+    def of(cls, request: RunRequest, **changes: Any) -> Self:
+        """Return the job of a request with some fields changed, and with no costs."""
         facts = msgspec.structs.asdict(request)
         facts.pop("spent", None)
-        return cls(**facts)
+        return cls(**{**facts, **changes})
 
     def report(
         self, *, tokens: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0, cost_usd: float = 0.0

@@ -104,8 +104,8 @@ def has_lifetime(agent: Any) -> bool:
 
 
 def _method(agent: Any, name: str) -> Callable[[], Awaitable[None]] | None:
-    method = getattr(agent, name, None)
-    if isinstance(agent, type) or not inspect.iscoroutinefunction(method):
+    method: Callable[[], Awaitable[None]] | None = getattr(agent, name, None)
+    if method is None or isinstance(agent, type) or not inspect.iscoroutinefunction(method):
         return None
     try:
         inspect.signature(method).bind()

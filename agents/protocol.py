@@ -1,6 +1,6 @@
 """The agent protocol, and the conversion of an agent's stream into a result."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from msgspec.structs import replace
@@ -75,12 +75,14 @@ async def collect(
     on_progress: OnProgress | None = None,
     *,
     run_context: RunContext | None = None,
+    remaining_s: float | None = None,
 ) -> RunResult:
     """Run a request to its end and return the result, including the costs that the agent has reported.
 
     Args:
         on_progress: Called with each progress event.
         run_context: Context of the run on a host, for agents whose `stream` has a parameter of this name.
+        remaining_s: Seconds to the deadline; default: those of the request.
 
     Raises:
         LoomError: The agent failed: it raised, yielded an ErrorEvent, or gave an empty, endless or invalid answer.
@@ -88,7 +90,7 @@ async def collect(
         BudgetExceeded: The run used more than the request's `token_budget`.
         asyncio.CancelledError: The current task was cancelled.
     """
-    job = Job.of(request)
+    job = Job.of(request) if remaining_s is None else Job.of(request, remaining_s=remaining_s)
     try:
         return await _collect(agent, job, on_progress, run_context)
     except LoomError as error:
@@ -136,8 +138,8 @@ class _Collector:
         """Text that was not yielded as events; it is the answer if there is no Done."""
         self._tool_errors = 0
 
-    def add(self, item: Any) -> Iterator[Progress]:
-        """Add a yielded value, and yield its progress events.
+    def add(self, item: Any) -> Iterable[Progress]:
+        """Add a yielded value, and return its progress events.
 
         Raises:
             LoomError: The value is an ErrorEvent or not an event, or the output is endless.
@@ -145,7 +147,14 @@ class _Collector:
         self._output.add(_size(item))
         if isinstance(item, str):
             self._texts.append(item)
-        for event in events_of(item):
+        events = events_of(item)
+        if len(events) == 1 and type(events[0]) in _PROGRESS_ONLY:
+            return events  # type: ignore[return-value]  # none of them is a Done
+        return self._progress_in(events)
+
+    def _progress_in(self, events: Iterable[AgentEvent]) -> Iterator[Progress]:
+        """Yield the events that are progress, and keep what the others mean for the result."""
+        for event in events:
             if type(event) in _PROGRESS_ONLY:
                 yield event  # type: ignore[misc]  # none of them is a Done
                 continue
@@ -171,7 +180,9 @@ class _Collector:
         if done is None or not done.content or done.content.isspace():
             message = "the agent ended without an answer: its last event must be a Done with content"
             raise AgentFailed(message, task_id=self._job.task_id)
-        done = replace(done, content=as_json_string(done.content, self._job.accept))
+        content = as_json_string(done.content, self._job.accept)
+        if content is not done.content:
+            done = replace(done, content=content)
         result = _with_reported_costs(result_of(done, tool_errors=self._tool_errors), self._job.spent)
         check_budget(self._job, result.tokens, spent=done)
         return result
@@ -201,7 +212,7 @@ def _size(item: Any) -> int:
 
 def _with_reported_costs(result: RunResult, spent: Spent) -> RunResult:
     """Return the result with the costs added that the agent has reported."""
-    if not spent.tokens and not spent.usd:
+    if not (spent.prompt_tokens or spent.completion_tokens or spent.usd):
         return result
     return replace(
         result,

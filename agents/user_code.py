@@ -28,24 +28,38 @@ class BaseExceptionRaised(Exception):
     """User code raised an exception that would end the process or the task; it is the `__cause__`."""
 
 
+class UserFunction:
+    """A function of a user that may be called many times; whether it is async is determined once."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+        self._is_async = is_async(fn)
+
+    async def call(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the function and return its result; a sync function runs in its own thread.
+
+        A cancelled call returns at once, while the thread of a sync function continues to its end.
+
+        Raises:
+            BaseExceptionRaised: The function raised an exception that is not an Exception.
+            Exception: The function raised it.
+        """
+        with contain():
+            if self._is_async:
+                result = self._fn(*args, **kwargs)
+            else:
+                result = await _in_thread(partial(self._fn, *args, **kwargs))
+            for _ in range(AWAITABLES):
+                if type(result) is not str and inspect.isawaitable(result):
+                    result = await result
+            return result
+
+
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call `fn` and return its result; a sync function runs in its own thread.
-
-    A cancelled call returns at once, while the thread of a sync function continues to its end.
-
-    Raises:
-        BaseExceptionRaised: `fn` raised an exception that is not an Exception.
-        Exception: `fn` raised it.
-    """
+    """Call `fn` once as a `UserFunction`, and return its result."""
     with contain():
-        if is_async(fn):
-            result = fn(*args, **kwargs)
-        else:
-            result = await _in_thread(partial(fn, *args, **kwargs))
-        for _ in range(AWAITABLES):
-            if inspect.isawaitable(result):
-                result = await result
-        return result
+        function = UserFunction(fn)
+    return await function.call(*args, **kwargs)
 
 
 class contain:  # noqa: N801 - used as a function; a class takes a third of the time of a contextmanager

@@ -1,6 +1,6 @@
 """Converts the values that an agent yields into events."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from msgspec import Struct, structs
@@ -10,7 +10,7 @@ from loom.agents.user_code import contain
 from loom.agents.values import NotText, to_json, to_text
 from loom.schemas.base import MAX_CONTENT_BYTES, Undecodable, decode, encode
 from loom.schemas.errors import AgentFailed
-from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta
+from loom.schemas.events import AgentEvent, Done, ReasoningDelta, StepEnd, StepStart, TextDelta
 
 DELTA_CHARS = 4096
 """Maximum length of a TextDelta that is cut from a longer text."""
@@ -18,6 +18,8 @@ EVENTS: tuple[type, ...] = get_args(AgentEvent)
 # Compared by exact class: a failing isinstance check of a Struct takes a microsecond.
 UNCHANGED = frozenset(EVENTS) - {TextDelta, ReasoningDelta, Done}
 """Events whose fields are checked but not changed."""
+ONLY_STEP_STARTS, ONLY_STEP_ENDS = StepStart(step=1, total_steps=1), StepEnd(step=1)
+"""The step events of an agent with one step, which need no check."""
 TYPES = frozenset(str(event.__struct_config__.tag) for event in EVENTS)  # type: ignore[attr-defined]
 """The JSON `type` of each event."""
 
@@ -30,7 +32,7 @@ def deltas(text: str) -> tuple[TextDelta, ...]:
     return tuple(TextDelta(text=text[start : start + DELTA_CHARS]) for start in starts)
 
 
-def events_of(item: Any) -> Iterable[AgentEvent]:
+def events_of(item: Any) -> Sequence[AgentEvent]:
     """Return a yielded value as events.
 
     Text is converted to valid UTF-8, and long text is cut into pieces.
@@ -43,6 +45,8 @@ def events_of(item: Any) -> Iterable[AgentEvent]:
     """
     if type(item) is TextDelta and type(item.text) is str and item.text.isascii() and len(item.text) <= DELTA_CHARS:
         return (item,)
+    if item is ONLY_STEP_STARTS or item is ONLY_STEP_ENDS:
+        return (item,)
     try:
         with contain():
             return (_checked(item, type(item).__name__),) if type(item) in UNCHANGED else _read(item)
@@ -50,7 +54,7 @@ def events_of(item: Any) -> Iterable[AgentEvent]:
         raise AgentFailed(f"the agent's answer is not text: {error}") from error
 
 
-def _read(item: Any) -> Iterable[AgentEvent]:
+def _read(item: Any) -> Sequence[AgentEvent]:
     if isinstance(item, str):
         return deltas(to_text(item))
     if isinstance(item, TextDelta) and isinstance(item.text, str):
@@ -58,7 +62,8 @@ def _read(item: Any) -> Iterable[AgentEvent]:
     if isinstance(item, ReasoningDelta) and isinstance(item.text, str):
         return (replace(item, text=to_text(item.text)[:MAX_CONTENT_BYTES]),)
     if isinstance(item, Done):
-        return (replace(item, content=_text(item.content)),)
+        content = _text(item.content)
+        return (item if content is item.content else replace(item, content=content),)
     if isinstance(item, EVENTS):
         return (_checked(item, type(item).__name__),)
     event = event_in(item)

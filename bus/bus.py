@@ -7,7 +7,7 @@ from typing import Self, TypeVar
 from uuid import uuid4
 from weakref import WeakSet
 
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.logs.discards import Discards
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.clock import ServerClock
@@ -17,6 +17,7 @@ from loom.bus.natsio.jetstream import JetStream
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.loop_ownership import keep_forever
 from loom.bus.natsio.requests import Requests
+from loom.bus.result_subscriptions import ResultSubscriptions
 from loom.bus.subjects import Subjects
 from loom.schemas.identity import LOCAL, PUBLIC, Identity
 
@@ -31,8 +32,9 @@ _DISCOVERY_DENIED = 'permissions violation for publish to "$srv.'
 class Bus:
     """The access of one process to a namespace on a nats-server.
 
-    `connection` publishes and subscribes, `requests` waits for replies, `jetstream` publishes into streams. `tasks`
-    runs coroutines until the connection closes, `subjects` builds subjects, `clock` returns the server's time.
+    `connection` publishes and subscribes, `requests` waits for replies, `jetstream` publishes into streams, `results`
+    receives the results of tasks. `tasks` runs coroutines until the connection closes, `subjects` builds subjects,
+    `clock` returns the server's time.
 
     Args:
         url: Servers, comma separated.
@@ -73,6 +75,7 @@ class Bus:
         self.clock = ServerClock()
         self.requests = Requests(self.connection)
         self.jetstream = JetStream(self.connection, self.requests, self.discards)
+        self.results = ResultSubscriptions(self.requests, self.subjects)
         self._clock_sync = ClockSync(self.clock, self.requests, self.connection, self.subjects.stream("TASKS"))
         _buses.add(self)
 
@@ -83,6 +86,7 @@ class Bus:
             BusUnavailable: No server could be connected to; the message contains the cause and the remedy.
             WrongEventLoop: The connection is open in another event loop.
         """
+        self.results.reset()
         await self.connection.connect()
         await self.requests.start()
         await self.jetstream.start()

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 from msgspec import structs
 from msgspec.structs import replace
 
@@ -16,7 +17,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.discards import Discards
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.transport.message import Msg
-from loom.schemas.auction import MAX_ANNOUNCEMENT_BYTES, HostAnnouncement
+from loom.schemas.auction import MAX_ANNOUNCEMENT_BYTES, AnnouncedNode, HostAnnouncement
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.tokens import Token
@@ -60,8 +61,27 @@ def host_in(subject: str) -> HostKey:
     return HostKey(owner, host_id)
 
 
+class _PartialAnnouncement(HostAnnouncement, frozen=True, kw_only=True):
+    """An announcement whose nodes are not decoded, because most announcements repeat them."""
+
+    nodes: msgspec.Raw = msgspec.Raw(b"[]")  # type: ignore[assignment]  # JSON instead of the nodes
+
+
+class _LastAnnouncement(NamedTuple):
+    """What a reader remembers of the last announcement of a host."""
+
+    seq: int
+    at: float
+    """Monotonic time."""
+    nodes_hash: int = 0
+    """Hash of the JSON of the nodes."""
+    nodes: tuple[AnnouncedNode, ...] | None = None
+
+
 class AnnouncementReader:
     """Decodes announcements; counts and logs those that cannot be decoded, and ignores those that are outdated.
+
+    Nodes that are the same as in the host's last announcement are not decoded again: the result has the same tuple.
 
     Args:
         discards: Counts the announcements that are left out.
@@ -71,32 +91,52 @@ class AnnouncementReader:
     def __init__(self, discards: Discards, clock: Callable[[], float] = time.monotonic) -> None:
         self._discards = discards
         self._clock = clock
-        self._last: OrderedDict[HostKey, tuple[int, float]] = OrderedDict()
-        """Host -> `seq` and time of its last announcement; the host with the oldest one first."""
+        self._last: OrderedDict[HostKey, _LastAnnouncement] = OrderedDict()
+        """The host with the oldest announcement comes first."""
 
     def read(self, msg: Msg) -> AnnouncedHost | None:
         """Return the announcement; None for one that is left out."""
         key = host_in(msg.subject)
+        last = self._last.get(key)
         try:
-            announcement = decode(msg.data, HostAnnouncement, limit=MAX_ANNOUNCEMENT_BYTES)
+            partial, nodes_hash = _without_nodes(msg.data)
+            nodes = last.nodes if last is not None and last.nodes_hash == nodes_hash else None
+            announcement = partial if nodes is not None else _decoded(msg.data)
         except Undecodable as error:
             self._discards.add_from_host(str(key), "announcements", "announcement_undecodable", reason=error.message)
             return None
-        if self._is_outdated(key, announcement.seq):
-            return None
-        return AnnouncedHost(owner=key.owner, host_id=key.host_id, **structs.asdict(announcement))
-
-    def _is_outdated(self, key: HostKey, seq: int) -> bool:
-        """Return whether a later announcement of the host has arrived; after 10 s without one any `seq` is accepted."""
         now = self._clock()
-        last, at = self._last.get(key, (0, now))
-        if seq < last and now - at < ALIVE_S:
-            return True
-        self._last[key] = (seq, now)
+        if last is not None and announcement.seq < last.seq and now - last.at < ALIVE_S:
+            return None  # outdated; after 10 s without an announcement any `seq` is accepted
+        nodes = announcement.nodes if nodes is None else nodes
+        self._remember(key, _LastAnnouncement(announcement.seq, now, nodes_hash, nodes))
+        return AnnouncedHost(owner=key.owner, host_id=key.host_id, **{**structs.asdict(announcement), "nodes": nodes})
+
+    def forget_nodes(self, key: HostKey) -> None:
+        """Free the memory of a host's nodes; the order of its announcements stays known."""
+        last = self._last.get(key)
+        if last is not None:
+            self._last[key] = last._replace(nodes=None)
+
+    def _remember(self, key: HostKey, last: _LastAnnouncement) -> None:
+        self._last[key] = last
         self._last.move_to_end(key)
         if len(self._last) > MAX_HOSTS:
             self._last.popitem(last=False)
-        return False
+
+
+def _decoded(raw: bytes) -> HostAnnouncement:
+    return decode(raw, HostAnnouncement, limit=MAX_ANNOUNCEMENT_BYTES)
+
+
+def _without_nodes(raw: bytes) -> tuple[HostAnnouncement, int]:
+    """Return an announcement whose nodes are not decoded, and the hash of their JSON.
+
+    Raises:
+        Undecodable: Another part cannot be decoded.
+    """
+    announcement = decode(raw, _PartialAnnouncement, limit=MAX_ANNOUNCEMENT_BYTES)
+    return announcement, hash(bytes(announcement.nodes))
 
 
 class LiveHosts:
@@ -125,7 +165,8 @@ class LiveHosts:
     def hosts(self) -> list[AnnouncedHost]:
         """Return the last announcement of each live host."""
         since = time.monotonic() - ALIVE_S
-        self._announced = {key: entry for key, entry in self._announced.items() if entry[0] >= since}
+        for key in [key for key, (at, _) in self._announced.items() if at < since]:
+            self._remove(key)
         return [host for _, host in self._announced.values()]
 
     def mark_retiring(self, key: HostKey, node_id: str) -> None:
@@ -143,7 +184,11 @@ class LiveHosts:
         self._announced.pop(host.key, None)
         self._announced[host.key] = time.monotonic(), host
         if len(self._announced) > MAX_HOSTS:
-            del self._announced[next(iter(self._announced))]
+            self._remove(next(iter(self._announced)))
+
+    def _remove(self, key: HostKey) -> None:
+        del self._announced[key]
+        self._reader.forget_nodes(key)
 
 
 async def announced_hosts(bus: Bus, within_s: float) -> list[AnnouncedHost]:

@@ -95,7 +95,7 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
             yield message
 
 
-async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[StoredMessage]:
+async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncGenerator[StoredMessage, None]:
     """Yield the messages of a stream from sequence `first` to sequence `last`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The subscriptions of a client for one task: its result, and its unread progress."""
+"""The result of a task and its unread progress, as a client receives them."""
 
 import asyncio
 from collections import deque
@@ -36,19 +36,19 @@ class TaskUpdates:
         self._deltas: deque[bytes] = deque()
         self._bytes = 0
         self._readers = 0
-        self._to_result: Subscription | None = None
-        self._to_deltas: Subscription | None = None
-
-    @property
-    def subscribed(self) -> bool:
+        self.subscribed = False
         """Whether the result is subscribed to."""
-        return self._to_result is not None
+        self._to_deltas: Subscription | None = None
 
     async def subscribe(self) -> None:
         """Subscribe to the result, unless it is subscribed to or has arrived."""
-        if self._to_result is None and not self.result.done():
-            subject = self._bus.subjects.of("result", self._submitter, self._task_id)
-            self._to_result = await self._bus.connection.subscribe_sync(subject, self._on_result)
+        if not self.subscribed and not self.result.done():
+            self.subscribed = True
+            try:
+                await self._bus.results.add(self._submitter, self._task_id, self._on_result)
+            except BaseException:
+                self.subscribed = False
+                raise
 
     async def subscribe_to_deltas(self) -> None:
         """Subscribe to progress, unless it is subscribed to or the result has arrived."""
@@ -94,17 +94,14 @@ class TaskUpdates:
     def close(self) -> None:
         """End the subscriptions; safe to call twice."""
         self._end_deltas()
-        if self._to_result is not None:
-            self._bus.connection.unsubscribe(self._to_result)
-            self._to_result = None
+        if self.subscribed:
+            self.subscribed = False
+            self._bus.results.remove(self._submitter, self._task_id, self._on_result)
 
     def drop(self) -> None:
         """End the subscriptions from any thread; for finalizers."""
-        subscriptions = [
-            subscription for subscription in (self._to_result, self._to_deltas) if subscription is not None
-        ]
-        if subscriptions:
-            self._bus.connection.unsubscribe_soon(subscriptions)
+        if self.subscribed or self._to_deltas is not None:
+            self._bus.connection.call_soon(self.close)
 
     def _end_deltas(self) -> None:
         if self._to_deltas is not None:

@@ -44,10 +44,13 @@ class CapabilityProfile:
 
         Two wordings with the same domain_token are one domain: `Code` and `code`, but not 代码 and 数据.
         """
-        if domain in self.scores:
+        if domain in self.scores or not self.scores:
             return domain
         wanted = domain_token(domain)
-        return next((name for name in self.scores if domain_token(name) == wanted), domain)
+        for name in self.scores:
+            if domain_token(name) == wanted:
+                return name
+        return domain
 
     def score(self, domain: str) -> float:
         """Return the score in `domain`, in [0, 1]; 0.5 for a domain without one."""
@@ -125,13 +128,11 @@ class AgentNode:
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
         """Return the bid of this node for a task of `domain` (any wording, or its domain_token)."""
-        own = self.tool_names()
-        return auction.Bid(
-            node_id=self.id,
-            self_rating=self.claim(domain),
-            load=unit(self.load),
-            tools=tuple(tool for tool in dict.fromkeys(required_tools) if tool in own),
-        )
+        tools: tuple[str, ...] = ()
+        if required_tools:
+            own = self.tool_names()
+            tools = tuple(tool for tool in dict.fromkeys(required_tools) if tool in own)
+        return auction.Bid(node_id=self.id, self_rating=self.claim(domain), load=unit(self.load), tools=tools)
 
     def tool_names(self) -> set[str]:
         """Return the names of the tools of the node and its agent."""
@@ -151,10 +152,10 @@ class AgentNode:
             names = (self.domains,) if isinstance(self.domains, str) else self.domains
             if not any(domain_token(name) == wanted for name in names):
                 return 0.0
-        key = self.capabilities.key(domain)
-        if self._is_learned(key):
-            return unit(self.self_ratings.get(key, NEUTRAL))
-        return self.capabilities.score(domain)
+        scores = self.capabilities.scores
+        key = domain if domain in scores else self.capabilities.key(domain)
+        ratings = self.self_ratings if self._shown and self._is_learned(key) else scores
+        return unit(ratings.get(key, NEUTRAL))
 
     def named_domains(self) -> Collection[str]:
         """Return the domains with a self-rating above 0, or those to which the node is limited."""

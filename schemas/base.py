@@ -7,8 +7,8 @@ import types
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
+from os import urandom
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
-from uuid import uuid4
 
 import msgspec
 
@@ -77,7 +77,7 @@ def total_s(*seconds: float) -> float:
 
 def new_id() -> str:
     """Return a fresh random id, 32 hex digits."""
-    return uuid4().hex
+    return urandom(16).hex()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):

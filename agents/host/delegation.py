@@ -115,8 +115,11 @@ class Delegator(RunContext):
 
     def overspent(self, result: RunResult) -> TaskError | None:
         """Return a `budget_exceeded` error if the run and its delegated tasks used more than the budget."""
-        budget, delegated = self.run.request.token_budget, self.delegated_tokens
-        if budget is None or not delegated or result.tokens + delegated <= budget:
+        budget = self.run.request.token_budget
+        if budget is None:
+            return None
+        delegated = self.delegated_tokens
+        if not delegated or result.tokens + delegated <= budget:
             return None
         used = f"{result.tokens + delegated} were used, {delegated} of them by delegated tasks"
         return TaskError(code=BudgetExceeded.code, message=f"the task's {budget} tokens are spent: {used}")

@@ -9,9 +9,8 @@ from typing import Any
 
 from loom.agents.function_agent import as_agent
 from loom.agents.host.slots import Node
-from loom.agents.lifetime import Lifetime, has_lifetime
+from loom.agents.lifetime import Lifetime
 from loom.agents.protocol import StreamingAgent
-from loom.schemas.errors import AgentFailed
 
 
 class HostedAgents:
@@ -42,23 +41,16 @@ class HostedAgents:
         return agent
 
     @asynccontextmanager
-    async def started(self, node: Node | None) -> AsyncIterator[StreamingAgent]:
-        """Start the agent of a node and yield it; it is not closed while the body runs.
+    async def started(self, given: Any) -> AsyncIterator[None]:
+        """Start the agent made of an object with a lifetime; it is not closed while the body runs.
 
         Raises:
-            AgentFailed: The agent did not start (the next run tries again), or the node is None.
-            LoomError: The node's agent is an object that cannot be used as one.
+            AgentFailed: The agent did not start; the next run tries again.
         """
-        if node is None:
-            raise AgentFailed("the node left before the run began")
-        agent, given = self.agent_of(node), node.agent
-        if not has_lifetime(given):
-            yield agent
-            return
         self._runs[id(given)] += 1
         try:
             await self._lifetime(given).started()
-            yield agent
+            yield
         finally:
             self._runs[id(given)] -= 1
             self._close_if_unused(given)

@@ -82,6 +82,7 @@ class NodeHost:
         self.host_id = new_id()[:12]
         self.bus = bus
         self._timings = timings
+        self._event_prefix = bus.subjects.of("event", bus.identity.owner, self.host_id, "*", "*").removesuffix("*.*")
         self._spawner = spawner
         self._partition = NodePartition(nodes)
         self._nodes = self._partition.own
@@ -264,7 +265,7 @@ class NodeHost:
             self.bus.discards.add("call_undecodable", reason=error.message)
             return
         try:
-            offer = self.offer(call)
+            offer = self.offer(call, in_turn=True)
         except BaseException as error:  # noqa: BLE001 - a node may be of a user's class, which may raise anything
             log.error("node_raised", domain_token=call.domain_token, **error_fields(error))
             offer = Offer(decline="unqualified")
@@ -273,9 +274,13 @@ class NodeHost:
             self.bus.subjects.of("offer", self.bus.identity.owner, self.host_id, *answer_to), offer
         )
 
-    def offer(self, call: CallForBids) -> Offer:
-        """Return the host's bids on a call, or a decline."""
-        return Offer(decline="draining") if self._draining else self._bidder.offer(call)
+    def offer(self, call: CallForBids, *, in_turn: bool = False) -> Offer:
+        """Return the host's bids on a call, or a decline.
+
+        Args:
+            in_turn: As for `Bidder.offer`.
+        """
+        return Offer(decline="draining") if self._draining else self._bidder.offer(call, in_turn=in_turn)
 
     # -- runs
 
@@ -307,9 +312,7 @@ class NodeHost:
 
     def _is_own_event_subject(self, reply: str) -> bool:
         """Return whether a reply subject is for this host's events; another subject might reach other services."""
-        parsed = self.bus.subjects.parse(reply)
-        own = {"owner": self.bus.identity.owner, "host_id": self.host_id}
-        return parsed is not None and parsed.family == "event" and own.items() <= parsed.tokens.items()
+        return reply.startswith(self._event_prefix) and reply.count(".", len(self._event_prefix)) == 1
 
     def _start_run(self, run: Run) -> None:
         node = self._find_node(run.request.node_id)
@@ -343,3 +346,4 @@ class NodeHost:
             return
         if lifecycle.profile is not None:
             node.mirror(lifecycle.profile)
+            self._bidder.forget_ratings()

@@ -7,8 +7,6 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-from msgspec.structs import replace
-
 from loom.agents.abandonable import Abandonable
 from loom.agents.host import run_table
 from loom.agents.host.clone import SpawnedNode
@@ -17,12 +15,13 @@ from loom.agents.host.hosted_agents import HostedAgents
 from loom.agents.host.run_table import RunTable
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import Node, RunQueue, RunQueues
-from loom.agents.protocol import collect, failed, raised
+from loom.agents.lifetime import has_lifetime
+from loom.agents.protocol import StreamingAgent, collect, failed, raised
 from loom.agents.run_context import as_current_run
 from loom.agents.user_code import ends_task
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.schemas.errors import LoomError
+from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.run import RunKind
 from loom.schemas.task import RunResult, TaskError
 
@@ -73,9 +72,9 @@ class RunExecutor:
             return False
         self._table.add(run)
         queue.enqueue(run)
-        run.emit("accepted", queued=max(0, queue.queued - (queue.slots - len(queue.running))))
-        run.flush()  # its agent may not return to the event loop for long
-        self.start_queued(node.id)
+        queued = max(0, queue.queued - (queue.slots - len(queue.running)))
+        run.emit("accepted", at_once=True, queued=queued)  # its agent may not return to the event loop for long
+        self._start_queued(node.id, queue, node)
         return True
 
     def refuse(self, run: Run) -> None:
@@ -85,7 +84,9 @@ class RunExecutor:
 
     def start_queued(self, node_id: str) -> None:
         """Start queued runs in free slots, and update the load and status of the node."""
-        queue = self._queues.get_or_create(node_id)
+        self._start_queued(node_id, self._queues.get_or_create(node_id), self._find_node(node_id))
+
+    def _start_queued(self, node_id: str, queue: RunQueue, node: Node | None) -> None:
         while not self._bus.connection.closing and (run := queue.start_next()) is not None:
             if run.left_s <= 0:  # its deadline passed in the backlog
                 self.stop([run], run_table.LATE)  # calls this method again
@@ -96,11 +97,10 @@ class RunExecutor:
         if node_id in self._refused and queue.load < 1:
             self._refused.discard(node_id)
             self._on_place_free()
-        self._show_load(node_id, queue)
+        self._show_load(node_id, queue, node)
 
-    def _show_load(self, node_id: str, queue: RunQueue) -> None:
+    def _show_load(self, node_id: str, queue: RunQueue, node: Node | None) -> None:
         """Write a queue's load and status to its node; remove the queue and the agent of a node that has left."""
-        node = self._find_node(node_id)
         if node is None:
             if not queue.has_work:
                 self._queues.remove(node_id)
@@ -128,22 +128,36 @@ class RunExecutor:
 
     async def _call_agent(self, run: Run) -> tuple[TaskError | None, RunResult | None]:
         """Call the agent and return its error, if it failed, and its result; only a cancellation is raised."""
-        node_id, queue = run.request.node_id, self._queues.get_or_create(run.request.node_id)
         job = run.request
         try:
-            async with self._agents.started(self._find_node(node_id)) as agent:
-                job = replace(job, remaining_s=run.left_s)
-                delegator = Delegator(run, queue, partial(self.start_queued, node_id))
-                with as_current_run(delegator):
-                    result = await collect(agent, job, run.emit_progress, run_context=delegator)
-            queue.record_usage(result)
-            return delegator.overspent(result), result
+            node = self._present_node(job.node_id)
+            agent, given = self._agents.agent_of(node), node.agent
+            if not has_lifetime(given):
+                return await self._collect(run, agent)
+            async with self._agents.started(given):
+                return await self._collect(run, agent)
         except LoomError as error:
             return failed(error, job)
         except BaseException as error:  # user code may raise anything
             if ends_task(error):
                 raise
             return failed(raised(error, job), job)
+
+    def _present_node(self, node_id: str) -> Node:
+        node = self._find_node(node_id)
+        if node is None:
+            raise AgentFailed("the node left before the run began")
+        return node
+
+    async def _collect(self, run: Run, agent: StreamingAgent) -> tuple[TaskError | None, RunResult]:
+        """Return the result of an agent, and an error if the run has used too many tokens."""
+        node_id = run.request.node_id
+        queue = self._queues.get_or_create(node_id)
+        delegator = Delegator(run, queue, partial(self.start_queued, node_id))
+        with as_current_run(delegator):
+            result = await collect(agent, run.request, run.emit_progress, run_context=delegator, remaining_s=run.left_s)
+        queue.record_usage(result)
+        return delegator.overspent(result), result
 
     def _on_work_done(self, run: Run, queue: RunQueue, work: asyncio.Task[None]) -> None:
         """Free the slot of a run. A callback does this because a task cancelled before its first step runs no code."""

@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec.structs import replace
@@ -31,6 +30,9 @@ It also limits how far an agent may run ahead of its connection.
 PATIENCE_S = 3.0
 """Age of a request beyond which no run is started for it: EXECUTE repeats the request every second while it waits."""
 
+NO_USAGE = RunResult()
+"""Usage of a run that has delegated nothing."""
+
 RunKey = tuple[str, int]
 """Task id and attempt."""
 
@@ -52,7 +54,7 @@ class Run:
         """The encoded last event, after the run has ended."""
         self.has_slot = asyncio.Event()
         """Set when the run has a slot again after it waited for delegated tasks."""
-        self.delegated_usage = RunResult()
+        self.delegated_usage = NO_USAGE
         """Tokens and dollars of delegated tasks."""
         self._bus = bus
         self._subject = subject
@@ -60,6 +62,7 @@ class Run:
         self._batch: list[bytes] = []
         """Events that are not sent yet."""
         self._batch_bytes = 0
+        self._flush_is_scheduled = False
         self._bytes_ahead = 0
         """Bytes emitted since the agent last waited for the connection."""
         self._first: tuple[int, bytes] | None = None
@@ -88,10 +91,13 @@ class Run:
         """Seconds to the task's deadline, 0 or more; time in the backlog counts."""
         return max(0.0, self._until - time.monotonic())
 
-    def emit(self, kind: RunKind, **fields: Any) -> None:
+    def emit(self, kind: RunKind, *, at_once: bool = False, **fields: Any) -> None:
         """Emit the next event, batched with all events of this and the next turn of the event loop.
 
         A final event is sent at once; later events are dropped.
+
+        Args:
+            at_once: Whether the event is sent in this turn, with all that are not sent yet.
         """
         if self.final_event is not None:
             return
@@ -106,22 +112,27 @@ class Run:
         elif kind != "heartbeat":
             self._history.append((seq, event))
         self._bytes_ahead += len(event)
-        self._append(event)
         if kind in FINAL_KINDS:
             self.final_event = event
+            at_once = True
+        self._append(event)
+        if at_once:
             self.flush()
+        elif not self._flush_is_scheduled:
+            self._flush_is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush_next_turn)
 
     def _append(self, event: bytes) -> None:
         if self._batch_bytes + len(event) > BATCH_BYTES:
             self.flush()
-        if not self._batch:
-            asyncio.get_running_loop().call_soon(self._flush_next_turn)
         self._batch.append(event)
         self._batch_bytes += len(event)
 
     def _flush_next_turn(self) -> None:
         """Flush one turn later, because tasks that start in this turn may emit more events."""
-        asyncio.get_running_loop().call_soon(self.flush)
+        self._flush_is_scheduled = False
+        if self._batch:
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
         """Send all events that are not sent yet."""
@@ -138,8 +149,10 @@ class Run:
         self.emit("tool_call" if isinstance(event, (ToolCallStart, ToolCallEnd)) else "delta", event=event)
         if self._bytes_ahead >= BATCH_BYTES and self._batch:
             self._bytes_ahead = 0
-            with log_lost_events(self._bus):
+            try:
                 await self._bus.connection.publish(self._subject, self._take_batch())
+            except LoomError as error:
+                log_lost_events(self._bus, error)
             await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
     async def await_delegated(self, ad: TaskAd, call: int) -> TaskResult:
@@ -178,7 +191,7 @@ class Run:
     def with_delegated_usage(self, result: RunResult | None) -> RunResult | None:
         """Return the run's own result with the tokens and dollars of its delegated tasks added."""
         delegated = self.delegated_usage
-        if not delegated.tokens and not delegated.usd:
+        if delegated is NO_USAGE or not (delegated.tokens or delegated.usd):
             return result
         own = result or RunResult()
         return replace(
@@ -207,18 +220,16 @@ class Run:
 
 def publish_events(bus: Bus, subject: str, body: bytes) -> None:
     """Publish an encoded event, or several as an array; a failure is logged."""
-    with log_lost_events(bus):
-        bus.connection.publish_nowait(subject, body)
-
-
-@contextmanager
-def log_lost_events(bus: Bus) -> Iterator[None]:
-    """Log events that cannot be sent; the watcher detects the gap in their numbers, or the silence."""
     try:
-        yield
+        bus.connection.publish_nowait(subject, body)
     except LoomError as error:
-        if not bus.connection.closing:
-            log.warning("run_event_lost", reason=error.message)
+        log_lost_events(bus, error)
+
+
+def log_lost_events(bus: Bus, error: LoomError) -> None:
+    """Log events that could not be sent; the watcher detects the gap in their numbers, or the silence."""
+    if not bus.connection.closing:
+        log.warning("run_event_lost", reason=error.message)
 
 
 def stale_reason(request: RunRequest, bus: Bus) -> str | None:

@@ -3,7 +3,8 @@
 import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from itertools import count
+from functools import partial
+from itertools import count, takewhile
 from typing import Any, Protocol
 
 from loom.agents.host.runs import Run
@@ -95,11 +96,13 @@ class RunQueue:
     Args:
         slots: Runs that work at once.
         backlog: Runs that wait for a slot.
+        on_change: Called after each change of the load.
     """
 
-    def __init__(self, slots: int, backlog: int) -> None:
+    def __init__(self, slots: int, backlog: int, on_change: Callable[[], None] = lambda: None) -> None:
         self.slots = slots
         self.backlog = backlog
+        self._on_change = on_change
         self._open_places = slots + backlog - backlog // RESERVED_SHARE
         self.running: set[Run] = set()
         self.suspended: set[Run] = set()
@@ -137,14 +140,16 @@ class RunQueue:
 
     def accepts(self, priority: Priority) -> bool:
         """Return whether there is a place for another run of this priority."""
+        running, queued = len(self.running), self.queued
+        if running >= self.slots and queued >= self.backlog:
+            return False
         late_places = self.backlog // RESERVED_SHARE // 2
-        return not self.full and (
-            len(self.running) + self.queued < self._open_places + late_places or priority in URGENT
-        )
+        return running + queued < self._open_places + late_places or priority in URGENT
 
     def enqueue(self, run: Run) -> None:
         """Add a run behind all runs of the same or a higher priority."""
         heapq.heappush(self._queue, (-PRIORITIES.index(run.request.priority), next(self._order), run))
+        self._on_change()
 
     def start_next(self) -> Run | None:
         """Give free slots to resuming runs, then one to the most urgent queued run.
@@ -172,6 +177,7 @@ class RunQueue:
     def resume(self, run: Run) -> None:
         """Queue a suspended run for the next free slot; `run.has_slot` is set when it gets one."""
         self._resuming.append(run)
+        self._on_change()
 
     def remove(self, run: Run) -> None:
         """Free the slot or the queue place of a run."""
@@ -182,6 +188,7 @@ class RunQueue:
         self.suspended.discard(run)
         if run in self._resuming:
             self._resuming.remove(run)
+        self._on_change()
 
     def record_usage(self, result: RunResult) -> None:
         """Update the expected tokens and seconds of a run with those of a result."""
@@ -193,15 +200,17 @@ class RunQueue:
     def bid(self, node: Node, domain: str, required_tools: Collection[str]) -> Bid:
         """Return the node's bid with the load and the expected costs of this queue."""
         offer = node.to_bid(domain=domain, required_tools=required_tools)
+        queued = self.queued
+        taken = len(self.running) + queued
         return Bid(
             node_id=offer.node_id,
             self_rating=offer.self_rating,
-            load=self.load,
+            load=min(1.0, taken / self._open_places),
             tools=offer.tools,
             expected_tokens=int(self.expected_tokens),
             expected_s=self.expected_s,
-            backlog=self.queued,
-            free=max(0, self._open_places - len(self.running) - self.queued),
+            backlog=queued,
+            free=max(0, self._open_places - taken),
         )
 
 
@@ -219,6 +228,10 @@ class RunQueues:
         self.by_node: dict[str, RunQueue] = {}
         """Node id -> its queue, for nodes that have had a run."""
         self._empty = RunQueue(slots, backlog)
+        self.changes = 0
+        """Number of changes of loads so far."""
+        self._changed: dict[str, int] = {}
+        """Node id -> number of the last change of its load, in ascending order."""
 
     def get(self, node_id: str) -> RunQueue:
         """Return the queue of a node to read; nodes without a run share an empty one."""
@@ -227,9 +240,19 @@ class RunQueues:
     def get_or_create(self, node_id: str) -> RunQueue:
         """Return the queue of a node to change."""
         if node_id not in self.by_node:
-            self.by_node[node_id] = RunQueue(self.slots, self.backlog)
+            self.by_node[node_id] = RunQueue(self.slots, self.backlog, partial(self._count_change, node_id))
         return self.by_node[node_id]
 
     def remove(self, node_id: str) -> None:
         """Delete the queue of a node that has left."""
         del self.by_node[node_id]
+        self._changed.pop(node_id, None)
+
+    def changed_since(self, changes: int) -> list[str]:
+        """Return the ids of the nodes whose load has changed since `self.changes` had this value."""
+        return [node_id for node_id, _ in takewhile(lambda item: item[1] > changes, reversed(self._changed.items()))]
+
+    def _count_change(self, node_id: str) -> None:
+        self.changes += 1
+        self._changed.pop(node_id, None)
+        self._changed[node_id] = self.changes

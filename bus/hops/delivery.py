@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata
 from loom.bus.natsio.transport.message import Msg
 

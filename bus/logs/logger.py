@@ -14,13 +14,6 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 _LIBRARY = logging.getLogger("loom")
 
 
-def _drop_disabled(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Drop an event below the level of the program's logging."""
-    if not _LIBRARY.isEnabledFor(getattr(logging, method.upper())):
-        raise structlog.DropEvent
-    return event
-
-
 def _as_text(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """Render the name of the event, then its fields."""
     name = event.pop("event", "")
@@ -32,13 +25,19 @@ def _library_logger() -> Any:
     return structlog.wrap_logger(
         _LIBRARY,
         processors=[
-            _drop_disabled,
             structlog.contextvars.merge_contextvars,
             structlog.processors.format_exc_info,
             _as_text,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
     ).bind()
+
+
+_LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
+
+
+def _ignore(_event: str, **_facts: Any) -> None:
+    """Drop an event below the level of the program's logging."""
 
 
 class _Log:
@@ -48,7 +47,10 @@ class _Log:
         self.default = self.output = _library_logger()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.output, name)
+        output = self.output
+        if output is self.default and name in _LEVELS and not _LIBRARY.isEnabledFor(_LEVELS[name]):
+            return _ignore
+        return getattr(output, name)
 
 
 _log = _Log()

@@ -4,7 +4,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -309,19 +309,14 @@ class Connection:
         """Request the end of a subscription; messages that are on their way still reach the handler."""
         await self._nc._send_unsubscribe(subscription._id)  # the public method drops these messages
 
-    def unsubscribe_soon(self, subscriptions: Iterable[Subscription]) -> None:
-        """End subscriptions in the next iteration of the event loop; callable from any thread and from a finalizer.
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the next iteration of the event loop; for other threads and for finalizers.
 
-        Does nothing if the connection is closed or belongs to a parent process.
+        Does nothing if the event loop is closed, or if the connection belongs to a parent process.
         """
-
-        def end() -> None:
-            for subscription in subscriptions:
-                self._nc.end_subscription(subscription)
-
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(end)
+                self._loop.call_soon_threadsafe(callback)
 
     # -- reconnects and errors, as nats-py reports them
 

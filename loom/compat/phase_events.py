@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loom.bus.logs.logger import get_logger
 from loom.bus.task_client import TaskHandle
-from loom.schemas.envelope import FailedAttempt, Hop, Phase
+from loom.schemas.envelope import Envelope, FailedAttempt, Hop, Phase
 from loom.schemas.errors import LoomError
 from loom.schemas.events import PhaseEvent
 from loom.schemas.learning.profile import NodeProfile
@@ -98,11 +98,21 @@ def phase_events(record: TaskRecord, *, subtasks: int = 0) -> list[PhaseEvent]:
     for hop, attempt in zip(hops, attempts, strict=True):
         before = seconds.pop((attempt, hop.phase), 0.0)  # MATCH and SCALE may have handled the task several times
         seconds[attempt, hop.phase] = before + hop.finished - hop.started
-        if hop.phase == "match" and (attempt < envelope.attempt or envelope.award is not None):
-            seconds[attempt, "scale"] = seconds.pop(
-                (attempt, "scale"), 0.0
-            )  # reported for each award, although most pass by SCALE
-    return [_event(phase, attempt, took, record, subtasks) for (attempt, phase), took in seconds.items()]
+    return [
+        _event(phase, attempt, took, record, subtasks)
+        for (attempt, phase), took in _with_scale(seconds, envelope).items()
+    ]
+
+
+def _with_scale(seconds: dict[tuple[int, Phase], float], envelope: Envelope) -> dict[tuple[int, Phase], float]:
+    """Return the seconds with those of SCALE after each award: loom-agent 0.6 had every task pass that phase."""
+    all_seconds: dict[tuple[int, Phase], float] = {}
+    for (attempt, phase), took in seconds.items():
+        all_seconds[attempt, phase] = took
+        is_awarded = attempt < envelope.attempt or envelope.award is not None
+        if phase == "match" and is_awarded and (attempt, "scale") not in seconds:
+            all_seconds[attempt, "scale"] = 0.0
+    return all_seconds
 
 
 def adapted(profile: NodeProfile, attempt: int) -> PhaseEvent:

@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+TEST_EVERY = 8
+"""Rewards of a node in a domain per test of all splits, which costs more than all else that a reward causes."""
+RECENT = 10
+"""Most scores after a split that is tested with every reward, so that an abrupt change is found at once."""
 MIN_SCORES = 8
 """Scores in the window below which no change is reported."""
 MIN_BEFORE = 4
@@ -34,6 +38,31 @@ def change_point(scores: Sequence[float]) -> int | None:
         evidence = likelihood(left, before) + likelihood(sums[-1] - left, total - before) - whole
         if evidence > highest:
             highest, change = evidence, before
+    return change
+
+
+def recent_change_point(scores: Sequence[float]) -> int | None:
+    """Return what `change_point` returns, but consider only splits with at most ten scores after them.
+
+    The cost does not depend on the number of scores, except for their sum.
+
+    Args:
+        scores: In [0, 1], oldest first.
+    """
+    total = len(scores)
+    if total < MIN_SCORES:
+        return None
+    wins = sum(scores)
+    whole = likelihood(wins, total)
+    if -whole <= THRESHOLD:
+        return None  # no split can exceed this value
+    highest, change = THRESHOLD, None
+    right = sum(scores[1 - MIN_AFTER :])
+    for after in range(MIN_AFTER, min(RECENT, total - MIN_BEFORE) + 1):
+        right += scores[-after]
+        evidence = likelihood(wins - right, total - after) + likelihood(right, after) - whole
+        if evidence > highest:
+            highest, change = evidence, total - after
     return change
 
 

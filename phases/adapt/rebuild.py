@@ -1,6 +1,7 @@
 """Rebuilds every profile from the stream of rewards, compares it with the stored one, and repairs differences."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Literal, NamedTuple
 
 from loom.bus.bus import Bus
@@ -9,9 +10,10 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.queries import between
 from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.profile_store import REBUILD_SCORES, ProfileStore
 from loom.phases.adapt.reward_weights import WEIGHTS
 from loom.schemas.identity import qualified, split_qualified
-from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.profile import PROFILE_KEYS, NodeProfile
 from loom.schemas.learning.reward import SNAPSHOTS, Reward, Snapshot
 
 Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
@@ -25,7 +27,7 @@ class Start(NamedTuple):
 
     seq: int
     """Sequence up to which the profiles contain every reward."""
-    profiles: dict[str, NodeProfile]
+    profiles: ProfileStore
     whole: bool
     """Whether no reward is lost; otherwise the stream has lost its head, and no snapshots replace it."""
 
@@ -50,10 +52,10 @@ class Compared(NamedTuple):
 class Rebuilt(NamedTuple):
     """The profiles rebuilt from the stream."""
 
-    profiles: dict[str, NodeProfile]
+    profiles: ProfileStore
     start: Start
     last_seq: int
-    earlier: dict[str, NodeProfile]
+    earlier: ProfileStore
     """The profiles at the sequences in the argument `at`."""
 
 
@@ -74,13 +76,16 @@ async def rebuild(
     """
     state = (await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('REWARDS')}"))["state"]
     first, last = state["first_seq"], state["last_seq"]
-    snapshots = [] if first <= 1 else [snapshot async for snapshot in _snapshots(bus, last)]
-    start = Start(0, {}, whole=True) if first <= 1 else start_of(snapshots, first)
-    profiles, at = dict(start.profiles), at or {}
-    earlier = {key: profile for key, profile in profiles.items() if profile.last_seq == at.get(key)}
+    start = Start(0, ProfileStore(REBUILD_SCORES), whole=True) if first <= 1 else await _read_start(bus, first, last)
+    profiles, earlier, at = start.profiles.copy(), ProfileStore(REBUILD_SCORES), at or {}
+    for key in profiles:
+        if profiles.last_seq(key) == at.get(key):
+            earlier[key] = profiles[key]
     async for seq, reward in _rewards(bus, "*", start.seq + 1, last):
         key = reward.node_key
-        known = profiles.get(key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
+        if seq <= (profiles.last_seq(key) or 0):
+            continue
+        known = profiles.get(key) or NodeProfile(node_id=reward.node_id, owner=reward.owner)
         applied = apply_reward(known, reward, seq, forget=forget, weights=weights)
         if applied is known:
             continue
@@ -97,14 +102,34 @@ def start_of(snapshots: Sequence[Snapshot], first: int) -> Start:
         snapshots: Snapshots in stream order.
         first: Sequence of the first message in the stream.
     """
-    rounds: dict[int, dict[str, NodeProfile]] = {}
-    for snapshot in snapshots:
-        if snapshot.through + 1 >= first:
-            profiles = rounds.setdefault(snapshot.through, {})
-            profiles[snapshot.profile.key] = snapshot.profile
-            if len(profiles) >= snapshot.nodes:
-                return Start(snapshot.through, profiles, whole=True)
-    return Start(first - 1, {}, whole=False)
+    rounds = SnapshotRounds(first)
+    found = (start for snapshot in snapshots if (start := rounds.add(snapshot)) is not None)
+    return next(found, rounds.nothing)
+
+
+class SnapshotRounds:
+    """Finds the oldest complete round of snapshots after which the stream still holds every message.
+
+    Args:
+        first: Sequence of the first message in the stream.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._rounds: dict[int, ProfileStore] = {}
+
+    def add(self, snapshot: Snapshot) -> Start | None:
+        """Add the next snapshot of the stream; return the start of a rebuild once its round is complete."""
+        if snapshot.through + 1 < self._first:
+            return None
+        profiles = self._rounds.setdefault(snapshot.through, ProfileStore(REBUILD_SCORES))
+        profiles[snapshot.profile.key] = snapshot.profile
+        return Start(snapshot.through, profiles, whole=True) if len(profiles) >= snapshot.nodes else None
+
+    @property
+    def nothing(self) -> Start:
+        """The start of a rebuild without a complete round."""
+        return Start(self._first - 1, ProfileStore(REBUILD_SCORES), whole=False)
 
 
 async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS) -> tuple[Rebuilt, list[Compared]]:
@@ -171,7 +196,7 @@ class StoredProfiles(NamedTuple):
 
 async def read_profiles(bus: Bus) -> StoredProfiles:
     """Return every stored profile, and the revisions of the values that are not usable."""
-    reader = bus.bucket("nodes", NodeProfile).reader()
+    reader = bus.bucket("nodes", NodeProfile).reader(PROFILE_KEYS)
     contents = StoredProfiles({}, {})
     try:
         while not reader.caught_up:
@@ -191,15 +216,20 @@ async def stored_profiles(bus: Bus) -> dict[str, Entry[NodeProfile]]:
     return (await read_profiles(bus)).profiles
 
 
-async def _snapshots(bus: Bus, last: int) -> AsyncIterator[Snapshot]:
-    async for _, reward in _rewards(bus, SNAPSHOTS, 1, last):
-        if reward.snapshot is not None:
-            yield reward.snapshot
+async def _read_start(bus: Bus, first: int, last: int) -> Start:
+    """Return the start of a rebuild from the snapshots in the stream; reads only as far as necessary."""
+    rounds = SnapshotRounds(first)
+    async with aclosing(_rewards(bus, SNAPSHOTS, 1, last)) as rewards:
+        async for _, reward in rewards:
+            if reward.snapshot is not None and (start := rounds.add(reward.snapshot)) is not None:
+                return start
+    return rounds.nothing
 
 
-async def _rewards(bus: Bus, domain_token: str, first: int, last: int) -> AsyncIterator[tuple[int, Reward]]:
+async def _rewards(bus: Bus, domain_token: str, first: int, last: int) -> AsyncGenerator[tuple[int, Reward], None]:
     subject = bus.subjects.of("reward", "*", "*", "*", domain_token)
-    async for message in between(bus, bus.subjects.stream("REWARDS"), subject, first, last):
-        reward = reward_in(message, bus.subjects, bus.discards)
-        if reward is not None:
-            yield message.seq, reward
+    async with aclosing(between(bus, bus.subjects.stream("REWARDS"), subject, first, last)) as messages:
+        async for message in messages:
+            reward = reward_in(message, bus.subjects, bus.discards)
+            if reward is not None:
+                yield message.seq, reward

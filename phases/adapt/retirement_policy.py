@@ -1,11 +1,12 @@
 """Decides which spawned nodes retire, and which nodes inherit their evidence. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from loom.bus.host_directory import AnnouncedHost, HostKey
-from loom.phases.adapt.evidence import own_scores_by_age
-from loom.phases.adapt.reward_weights import INHERITED, own_scores
+from loom.phases.adapt.evidence import newest_first
+from loom.phases.adapt.reward_weights import INHERITED, is_own, own_scores
 from loom.phases.shared.node_health import HEALTH_WINDOW, complement, is_failing
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import ADAPT, node_key
@@ -120,7 +121,8 @@ def staying(host: AnnouncedHost) -> set[str]:
 
 def newest_own(profile: NodeProfile) -> list[float]:
     """Return the last ten scores that a node has earned itself, in all domains, oldest first."""
-    return [score.score for score in own_scores_by_age(profile.domains)[-HEALTH_WINDOW:]]
+    own = (score.score for _, score in newest_first(profile.domains) if is_own(score))
+    return list(islice(own, HEALTH_WINDOW))[::-1]
 
 
 def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:

@@ -76,9 +76,14 @@ def scored(known: Score | None, reward: Reward, weights: Mapping[str, float] = W
     return Score(attempt_id=single.attempt_id, score=round(mean, MEAN_DIGITS), ended_at=ended_at, by_source=scores)
 
 
+def is_own(score: Score) -> bool:
+    """Return whether the node has earned an entry itself, so that it is not an inherited one."""
+    return not score.attempt_id.startswith(INHERITED)
+
+
 def own_scores(scores: Iterable[Score]) -> list[Score]:
     """Return the entries that the node has earned itself, without inherited ones."""
-    return [score for score in scores if not score.attempt_id.startswith(INHERITED)]
+    return list(filter(is_own, scores))
 
 
 def _source_key(source: str) -> str:

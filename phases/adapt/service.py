@@ -7,6 +7,7 @@ Publishes  lifecycle.adapt.learned.<owner>.<node>   a profile has changed
            reward.adapt.<owner>.<node>.<domain>     what another node inherits from a retired one
            reward.adapt.<owner>.<node>._snapshot    each profile, before the stream drops the rewards it rests on
 State      NodeProfiles, one compare-and-set per node and batch; a replica whose write conflicts stands by.
+           A summary next to each profile, which MATCH reads
            The bias of SENSE's estimates in each domain, written the same way
 Gives up   an undecodable reward is logged and skipped; no other service waits for it
 """
@@ -81,6 +82,7 @@ class Adapt:
             self._bus.tasks.spawn(self._read(), name="apply rewards", essential=True),
             self._bus.tasks.spawn(self._write(), name="write profiles", essential=True),
             self._bus.tasks.spawn(self._writer.follow(), name="follow profiles", essential=True),
+            self._bus.tasks.spawn(self._writer.follow_summaries(), name="follow summaries", essential=True),
         ]
         await self._retirement.start()
 

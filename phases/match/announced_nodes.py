@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from loom.bus.host_directory import AnnouncedHost, HostKey
@@ -11,6 +12,12 @@ from loom.schemas.tokens import domain_token
 
 NodeLocation = tuple[HostKey, str]
 """A host and the id of one of its nodes."""
+
+
+Group = tuple[str, bool]
+"""A domain_token or a tool, and whether the nodes are plain."""
+HostNodes = dict[HostKey, dict[str, AnnouncedNode]]
+"""Host -> node id -> node."""
 
 
 class TaskRequirements(NamedTuple):
@@ -28,23 +35,27 @@ class AnnouncedNodes:
     def __init__(self) -> None:
         self._hosts: dict[HostKey, tuple[AnnouncedNode, ...]] = {}
         self._nodes: dict[NodeLocation, AnnouncedNode] = {}
-        self._by_domain: dict[tuple[str, bool], dict[NodeLocation, AnnouncedNode]] = {}
+        self._by_domain: dict[Group, HostNodes] = {}
         """(domain_token or `*`, whether plain) -> nodes that announce it."""
+        self._by_tool: dict[Group, HostNodes] = {}
+        """(tool, whether plain) -> nodes that have it."""
         self._wordings: dict[str, Counter[str]] = {}
         """domain_token -> the domain as wording -> nodes that word it so and take it."""
         self._announcement_counts: dict[HostKey, int] = {}
         self.size = 0
         """Number of nodes, domain names and tool names in the index."""
 
-    def update(self, host: AnnouncedHost) -> None:
-        """Replace the nodes of a host by those of its announcement."""
-        key = host.key
+    def update(self, host: AnnouncedHost) -> bool:
+        """Replace the nodes of a host by those of its announcement; return whether they have changed."""
+        key, known = host.key, self._hosts.get(host.key)
         self._announcement_counts[key] = self._announcement_counts.get(key, 0) + 1
-        if self._hosts.get(key) != host.nodes:
-            self._remove(key)
-            self._hosts[key] = host.nodes
-            for node_id, node in _by_id(host.nodes).items():
-                self._add((key, node_id), node)
+        if known is host.nodes or known == host.nodes:
+            return False
+        self._remove(key)
+        self._hosts[key] = host.nodes
+        for node_id, node in _by_id(host.nodes).items():
+            self._add((key, node_id), node)
+        return True
 
     def remove_host(self, host: HostKey) -> None:
         """Remove a host and its nodes."""
@@ -60,20 +71,32 @@ class AnnouncedNodes:
         return self._nodes.get(location)
 
     def capable_nodes(
-        self, requirements: TaskRequirements, *, plain: bool
+        self, requirements: TaskRequirements, *, plain: bool, except_hosts: AbstractSet[HostKey] = frozenset()
     ) -> Iterator[tuple[NodeLocation, AnnouncedNode]]:
         """Yield the nodes that accept the domain, have the tools and have not failed the task.
 
+        Only nodes of the domain are considered, or of a required tool if fewer hosts have it.
+
         Args:
             plain: True: only plain nodes. False: only nodes whose hosts bid for them.
+            except_hosts: Hosts whose nodes are left out.
         """
         named = self._by_domain.get((requirements.domain_token, plain), {})
-        for location, node in named.items():
-            if self._is_capable(location, node, requirements):
-                yield location, node
-        for location, node in self._by_domain.get((ANY_DOMAIN, plain), {}).items():
-            if location not in named and self._is_capable(location, node, requirements):
-                yield location, node
+        others = self._by_domain.get((ANY_DOMAIN, plain), {})
+        with_tool = min((self._by_tool.get((tool, plain), {}) for tool in requirements.tools), key=len, default=None)
+        groups: tuple[HostNodes, ...] = (named, others)
+        if with_tool is not None and len(with_tool) < len(named) + len(others):
+            groups = (with_tool,)
+        for group in groups:
+            for host in group.keys() - except_hosts if except_hosts else group:
+                for node_id, node in group[host].items():
+                    is_named = node_id in named.get(host, ())
+                    if group is others and is_named:
+                        continue
+                    if group is with_tool and not is_named and node_id not in others.get(host, ()):
+                        continue
+                    if self._is_capable((host, node_id), node, requirements):
+                        yield (host, node_id), node
 
     def _is_capable(self, location: NodeLocation, node: AnnouncedNode, requirements: TaskRequirements) -> bool:
         host, node_id = location
@@ -99,8 +122,10 @@ class AnnouncedNodes:
     def _add(self, location: NodeLocation, node: AnnouncedNode) -> None:
         self._nodes[location] = node
         self.size += _size(node)
+        for tool in node.tools:
+            _add_to(self._by_tool, (tool, node.plain), location, node)
         for token, wording in _tokens(node):
-            self._by_domain.setdefault((token, node.plain), {})[location] = node
+            _add_to(self._by_domain, (token, node.plain), location, node)
             if wording:
                 self._wordings.setdefault(token, Counter())[wording] += 1
 
@@ -109,22 +134,36 @@ class AnnouncedNodes:
             location = (host, node_id)
             del self._nodes[location]
             self.size -= _size(node)
+            for tool in node.tools:
+                _remove_from(self._by_tool, (tool, node.plain), location)
             for token, wording in _tokens(node):
-                self._remove_from_index((token, node.plain), location, wording)
+                _remove_from(self._by_domain, (token, node.plain), location)
+                if wording:
+                    self._remove_wording(token, wording)
 
-    def _remove_from_index(self, domain: tuple[str, bool], location: NodeLocation, wording: str) -> None:
-        token, _ = domain
-        nodes = self._by_domain[domain]
-        nodes.pop(location, None)
-        if not nodes:
-            del self._by_domain[domain]
-        if wording:
-            wordings = self._wordings[token]
-            wordings[wording] -= 1
-            if not wordings[wording]:
-                del wordings[wording]
-            if not wordings:
-                del self._wordings[token]
+    def _remove_wording(self, token: str, wording: str) -> None:
+        wordings = self._wordings[token]
+        wordings[wording] -= 1
+        if not wordings[wording]:
+            del wordings[wording]
+        if not wordings:
+            del self._wordings[token]
+
+
+def _add_to(index: dict[Group, HostNodes], group: Group, location: NodeLocation, node: AnnouncedNode) -> None:
+    host, node_id = location
+    index.setdefault(group, {}).setdefault(host, {})[node_id] = node
+
+
+def _remove_from(index: dict[Group, HostNodes], group: Group, location: NodeLocation) -> None:
+    """Remove a node from a group; a name may be repeated in its announcement."""
+    (host, node_id), hosts = location, index.get(group, {})
+    nodes = hosts.get(host, {})
+    nodes.pop(node_id, None)
+    if not nodes:
+        hosts.pop(host, None)
+    if not hosts:
+        index.pop(group, None)
 
 
 def _by_id(nodes: tuple[AnnouncedNode, ...]) -> dict[str, AnnouncedNode]:

@@ -16,12 +16,12 @@ from loom.phases.match.calls.offers import HostOffer
 from loom.phases.match.calls.presence import HostPresence
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.node_ownership import NodeOwnership
-from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_scores, to_profile
+from loom.phases.match.partial_decoding import to_profile
 from loom.phases.match.ranking import Ranking
 from loom.phases.match.timings import MatchTimings
-from loom.schemas.base import Undecodable
 from loom.schemas.identity import qualified
 from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.summary import SUMMARY_KEYS, ProfileSummary
 
 log = get_logger()
 
@@ -55,7 +55,7 @@ class HostDirectory:
         self._bus = bus
         self._on_rewarded = on_rewarded
         self.profiles: dict[str, NodeProfile] = {}
-        """Qualified node -> learned profile, with only the newest score of each domain."""
+        """Qualified node -> learned profile, without its scores."""
         self.newcomers = Newcomers()
         self.ranking = Ranking()
         self.nodes = AnnouncedNodes()
@@ -64,21 +64,21 @@ class HostDirectory:
         self._node_added = asyncio.Event()
         self._spawners: set[HostKey] = set()
         """Hosts that can start nodes on request."""
-        self._partial_profiles: dict[str, PartialProfile] = {}
+        self._summaries: dict[str, ProfileSummary] = {}
         self._announcements = AnnouncementReader(bus.discards, _now)
         self._presence = HostPresence(_now, MAX_HOSTS, self._remove_nodes, unproven_every_s=timings.unproven_every_s)
         self._ownership = NodeOwnership(_now, self._presence.last_seen_at)
-        self._reader: BucketReader[PartialProfile] | None = None
+        self._reader: BucketReader[ProfileSummary] | None = None
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
-        """Subscribe, request announcements from all hosts, and read the stored profiles."""
+        """Subscribe, request announcements from all hosts, and read the summaries of all profiles."""
         self._subscription = await self._bus.connection.subscribe_sync(
             self._bus.subjects.of("host", "*", "*"), self._on_announcement
         )
         await self._bus.connection.publish(self._bus.subjects.hosts)
         self.announcements_requested_at = _now()
-        self._reader = self._bus.bucket("nodes", PartialProfile).reader()
+        self._reader = self._bus.bucket("nodes", ProfileSummary).reader(SUMMARY_KEYS)
         while not self._reader.caught_up:
             await self._read_batch(self._reader)
         self._bus.tasks.spawn(self._follow_profiles(self._reader), name="follow profiles", essential=True)
@@ -147,8 +147,8 @@ class HostDirectory:
             answered: Hosts that answered this call.
         """
         return any(
-            location[0] not in answered and not self._presence.is_dropped(location[0])
-            for location, _ in self.nodes.capable_nodes(requirements, plain=False)
+            not self._presence.is_dropped(location[0])
+            for location, _ in self.nodes.capable_nodes(requirements, plain=False, except_hosts=answered)
         )
 
     def have_plain_nodes_failed(self, requirements: TaskRequirements) -> bool:
@@ -161,6 +161,7 @@ class HostDirectory:
         self._ownership.remove_host(host)
         self.nodes.remove_host(host)
         self._spawners.discard(host)
+        self._announcements.forget_nodes(host)
 
     def _on_announcement(self, msg: Msg) -> None:
         announced = self._announcements.read(msg)
@@ -175,8 +176,9 @@ class HostDirectory:
             self._record_nodes(announced)
 
     def _record_nodes(self, host: AnnouncedHost) -> None:
-        self.nodes.update(host)
         (self._spawners.add if host.can_spawn else self._spawners.discard)(host.key)
+        if not self.nodes.update(host):
+            return
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
         unknown = any(self._ownership.host_of(node) is None for node in nodes)
         if self._ownership.record_announcement(host.key, nodes):
@@ -192,31 +194,24 @@ class HostDirectory:
 
     # -- profiles
 
-    async def _follow_profiles(self, reader: BucketReader[PartialProfile]) -> None:
+    async def _follow_profiles(self, reader: BucketReader[ProfileSummary]) -> None:
         while True:
             await self._read_batch(reader)
 
-    async def _read_batch(self, reader: BucketReader[PartialProfile]) -> None:
+    async def _read_batch(self, reader: BucketReader[ProfileSummary]) -> None:
         batch = [entry.value for entry in await reader.batch() if entry.key == entry.value.key]
-        for node in {read.node: read for read in batch}.values():
-            try:
-                self._update_profile(node)
-            except Undecodable as error:
-                self._bus.discards.add("profile_undecodable", reason=error.message, node=node.node)
+        for summary in {summary.name: summary for summary in batch}.values():
+            self._update_profile(summary)
 
-    def _update_profile(self, read: PartialProfile) -> None:
-        """Apply the changes of a node's profile."""
-        node = read.node
-        before = self._partial_profiles.get(node)
-        domains = before.domains if before else {}
-        scores_by_domain: dict[str, tuple[PartialScore, ...]] = {
-            domain_token: decode_scores(evidence)
-            for domain_token, evidence in read.domains.items()
-            if evidence != domains.get(domain_token)
-        }
-        self.profiles[node] = profile = to_profile(read, scores_by_domain, self.profiles.get(node))
-        self._partial_profiles[node] = read
+    def _update_profile(self, summary: ProfileSummary) -> None:
+        """Apply the changes of a node's summary."""
+        node = summary.name
+        before = self._summaries.get(node)
+        known = before.domains if before else {}
+        changed = {token: domain for token, domain in summary.domains.items() if domain != known.get(token)}
+        self.profiles[node] = profile = to_profile(summary, changed, self.profiles.get(node))
+        self._summaries[node] = summary
         self.newcomers.update(node, profile.domains)
-        self.ranking.update(node, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()})
-        for domain_token, scores in scores_by_domain.items():
-            self._on_rewarded(node, domain_token, [score.attempt_id for score in scores])
+        self.ranking.update(node, {token: domain.mean for token, domain in summary.domains.items()})
+        for token, domain in changed.items():
+            self._on_rewarded(node, token, domain.rewarded)

@@ -16,7 +16,6 @@ from loom.phases.match.newcomers import (
     SharedEvidence,
     is_newcomer,
     owners_with_failed_newcomers,
-    shared_evidence,
 )
 from loom.schemas.auction import MAX_TRUST, Bid, ScoredBid
 from loom.schemas.envelope import Envelope
@@ -132,21 +131,18 @@ def _evidence(context: AuctionContext, domain_token: str, node: str) -> DomainEv
 
 def _shared(owners: Iterable[str], domain_token: str, context: AuctionContext) -> dict[str, SharedEvidence]:
     """Return owner -> evidence shared by its newcomers, for all owners other than `local`."""
-    groups = {
-        owner: context.newcomers.evidence_of_owner(owner, domain_token) for owner in owners if owner != LOCAL_OWNER
-    }
-    if not groups:
+    sharing = {owner for owner in owners if owner != LOCAL_OWNER}
+    if not sharing:
         return {}
     pending: Counter[str] = Counter()
     for (node, token), count in context.pending_awards.items():
         if token == domain_token:
             owner, _ = split_qualified(node)
-            if owner in groups and is_newcomer(owner, _evidence(context, token, node)):
+            if owner in sharing and is_newcomer(owner, _evidence(context, token, node)):
                 pending[owner] += count
     weight = partial(decay_weight, context=context)
-    return {
-        owner: shared_evidence(evidence_by_node, pending[owner], weight) for owner, evidence_by_node in groups.items()
-    }
+    shared = context.newcomers.shared_evidence
+    return {owner: shared(owner, domain_token, pending[owner], weight, context.now) for owner in sharing}
 
 
 def weigh_bid(auction: Auction, host: HostKey, bid: Bid) -> WeighedBid:

@@ -30,7 +30,7 @@ from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.llm_call import call_llm
 from loom.phases.shared.token_usage import budget_before_run, with_phase_usage
 from loom.schemas.base import MAX_AD_BYTES
-from loom.schemas.checks.ad import check_ad
+from loom.schemas.checks.ad import check_decoded_ad
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
@@ -132,7 +132,7 @@ class Sense:
         if len(delivery.msg.data) > MAX_SUBMISSION_BYTES:
             return Fail(TOO_LARGE, admitted)
         try:
-            check_ad(ad)
+            check_decoded_ad(ad, len(delivery.msg.data))
             await self._check_accept(ad)
         except InvalidTask as error:
             return Fail(TaskError.of(error), admitted)

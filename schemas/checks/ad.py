@@ -58,13 +58,7 @@ def check_ad(ad: TaskAd) -> TaskAd:
     """
     if not isinstance(ad.accept, Accept | None):
         raise InvalidTask(f"accept must be {FIELD_RULES['accept']}", field="accept", task_id=ad.task_id)
-    schema = ad.accept.json_schema if ad.accept else None
-    for name, free, most in (("context", ad.context, MAX_CONTEXT_BYTES), ("accept", schema, MAX_SCHEMA_BYTES)):
-        fault = free_json_fault(free, max_bytes=most)
-        if fault:
-            raise InvalidTask(f"{name} {fault}", field=name, task_id=ad.task_id)
-    if not are_labels(ad.labels):
-        raise InvalidTask(f"labels must be {LABELS_RULE}", field="labels", task_id=ad.task_id)
+    _check_free_json(ad)
     try:
         raw = encode(ad)
         if len(raw) > MAX_AD_BYTES:
@@ -76,14 +70,44 @@ def check_ad(ad: TaskAd) -> TaskAd:
     except (UnicodeEncodeError, TypeError) as error:
         field = _field_in(str(error))
         raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
-    if not checked.description.strip():
+    _check_rules(checked)
+    return checked
+
+
+def check_decoded_ad(ad: TaskAd, size: int) -> None:
+    """Check the rules that decoding does not, for an ad that was decoded from JSON.
+
+    Args:
+        size: Bytes of the JSON, or more.
+
+    Raises:
+        InvalidTask: The ad breaks a rule; `field` names the part.
+    """
+    if size > MAX_AD_BYTES:
+        check_ad(ad)
+    else:
+        _check_free_json(ad)
+        _check_rules(ad)
+
+
+def _check_free_json(ad: TaskAd) -> None:
+    schema = ad.accept.json_schema if ad.accept else None
+    for name, free, most in (("context", ad.context, MAX_CONTEXT_BYTES), ("accept", schema, MAX_SCHEMA_BYTES)):
+        if free and (fault := free_json_fault(free, max_bytes=most)):
+            raise InvalidTask(f"{name} {fault}", field=name, task_id=ad.task_id)
+    if ad.labels and not are_labels(ad.labels):
+        raise InvalidTask(f"labels must be {LABELS_RULE}", field="labels", task_id=ad.task_id)
+
+
+def _check_rules(ad: TaskAd) -> None:
+    if not ad.description.strip():
         raise InvalidTask("description is empty: describe the work", field="description", task_id=ad.task_id)
-    forbidden = set(checked.required_tools).difference(checked.tools_allowed or ())
-    if checked.tools_allowed is not None and forbidden:
+    if ad.tools_allowed is None:
+        return
+    if forbidden := set(ad.required_tools).difference(ad.tools_allowed):
         names = ", ".join(sorted(forbidden))
         message = f"required_tools has what tools_allowed lacks: {names}; add it there, or do not require it"
         raise InvalidTask(cut_note(message), field="required_tools", task_id=ad.task_id)
-    return checked
 
 
 def _refusal(raw: bytes, error: Undecodable) -> InvalidTask:

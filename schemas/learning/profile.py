@@ -10,6 +10,8 @@ from loom.schemas.tokens import Token
 
 WINDOW = 120
 """Most scores per node and domain: the newest."""
+PROFILE_KEYS = "*.*"
+"""Filter of the keys of profiles in the bucket `nodes`."""
 
 
 class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True, gc=False):
@@ -37,6 +39,10 @@ class DomainEvidence(CheckedMessage, frozen=True, kw_only=True):
     mean: Unit = 0.0
     since: Timestamp = 0.0
     """Attempts that ended earlier are dropped: the window was full, or the node changed."""
+    losses: Count | None = None
+    """Number of scores below .5 in the window; absent in a profile of an earlier version."""
+    untested: Count = 0
+    """Rewards since the last one whose change test considered all splits."""
 
 
 MAX_DOMAINS = 24

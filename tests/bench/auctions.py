@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from support.evidence import store_profile
 from support.wait import until
 
 from bench.bench_cluster import BenchCluster, ad, bench_cluster
@@ -47,7 +48,9 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
 
             async def once() -> None:
                 spec = Spec(complexity=0.3, domains=("code",), method="given")
-                verdict = await match._auction(Envelope(ad=ad(), spec=spec, deadline=bus.clock.now() + WITHIN_S), spec)
+                verdict = await match._auctioneer.hold_auction(
+                    Envelope(ad=ad(), spec=spec, deadline=bus.clock.now() + WITHIN_S), spec
+                )
                 assert isinstance(verdict, Awarded), verdict
 
             await closed_loop(once, 20, 1)
@@ -71,11 +74,10 @@ async def _start_hosts(running: BenchCluster, hosts: int, nodes_each: int) -> li
 
 async def _make_known(bus: Bus, names: list[str]) -> None:
     """Write a profile of every node, as a cluster that has worked for a while has."""
-    bucket = bus.bucket("nodes", NodeProfile)
     for name in names:
         evidence = DomainEvidence(count=EVIDENCE, mean=0.5)
         profile = NodeProfile(node_id=name, last_seq=1, domains={"code": evidence})
-        await bucket.create(profile.key, profile)
+        await store_profile(bus, profile)
 
 
 async def many_hosts(*, quick: bool) -> None:

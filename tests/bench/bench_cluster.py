@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from support.command import LOOM, Command, command
+from support.command import Command, command
 
 from bench.measure import closed_loop
 from bench.raw_pipe import FILLER_BYTES
@@ -20,6 +20,10 @@ from loom.schemas.task import TaskAd, TaskResult
 
 HERE = Path(__file__).parent
 PROFILED = (sys.executable, str(HERE / "profiled.py"))
+RUN_PHASES = (sys.executable, str(HERE / "checkout/run_phases.py"))
+RUN_HOSTS = (sys.executable, str(HERE / "checkout/run_hosts.py"))
+READY = "ready\n"
+"""Output of these programs once they work."""
 HOSTS = 2
 SLOTS = 512
 """Runs at once on each node: more than come, so that no task waits for a place."""
@@ -35,7 +39,13 @@ class BenchCluster:
         self.bus: Bus
         self.by_request = False
         """Whether tasks are handed in by a request to `loom.submit`, instead of being stored and followed."""
-        self._folder, self._stack, self._environment = folder, stack, environment
+        self._folder, self._stack = folder, stack
+        self._environment = {
+            "NATS_URL": url,
+            "LOOM_NAMESPACE": "loom",
+            "PYTHONPATH": os.pathsep.join(str(folder) for folder in HERE.parents[:2]),  # this tree's loom
+            **environment,
+        }
 
     async def start(self, name: str, *words: str, output: str, **environment: str) -> Command:
         """Start a process and return once it prints that output."""
@@ -43,9 +53,6 @@ class BenchCluster:
             command(
                 self._folder,
                 *words,
-                NATS_URL=self.url,
-                LOOM_LOG_LEVEL="error",
-                PYTHONPATH=os.pathsep.join(str(folder) for folder in HERE.parents[:2]),  # this tree's loom
                 **self._environment,
                 **environment,
             )
@@ -56,19 +63,19 @@ class BenchCluster:
 
     async def phases(self, *, together: bool = True, profile: Path | None = None) -> None:
         """Start the six phases, in one process or in one each."""
-        address = self.url
         if together:
-            words, environment = (LOOM, {}) if profile is None else (PROFILED, {"BENCH_PROFILE": str(profile)})
-            await self.start("phases", *words, "phase", "run", *PHASES, output=f" on {address}", **environment)
+            program, environment = RUN_PHASES, {}
+            if profile is not None:
+                program, environment = PROFILED, {"BENCH_PROFILE": str(profile)}
+            await self.start("phases", *program, *PHASES, output=READY, **environment)
             return
         for phase in PHASES:
-            await self.start(phase, *LOOM, "phase", "run", phase, output=f"{phase} on {address}")
+            await self.start(phase, *RUN_PHASES, phase, output=READY)
 
     async def hosts(self) -> None:
         """Start two hosts with an agent each that does nothing."""
         for number in range(1, HOSTS + 1):
-            words = (*LOOM, "host", "run", str(HERE / "noop.py"), "--slots", str(SLOTS))
-            await self.start(f"host {number}", *words, output=f" on {self.url}", BENCH_NODES=f"n{number}")
+            await self.start(f"host {number}", *RUN_HOSTS, f"n{number}", "1", "1", "0", output=READY)
 
     async def connect(self) -> None:
         """Connect the client, and begin to count what this process takes."""

@@ -93,7 +93,7 @@ async def many_deltas(*, quick: bool) -> None:
     async with bench_cluster() as running:
         await running.phases()
         words = (*LOOM, "host", "run", str(CHATTY_AGENT), "--slots", str(SLOTS))
-        await running.start("host", *words, output=f" on {running.url}")
+        await running.start("host", *words, output='"ready"', LOOM_LOG_LEVEL="info")
         await running.connect()
         await rate(running, 1, 100)
         print("on one task:             ", await rate(running, 1, ON_ONE // scale), flush=True)

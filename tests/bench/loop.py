@@ -29,6 +29,8 @@ from loom.runner import log_output
 from loom.runner.cli.entry import run_to_end
 
 ROUNDS = 3
+SYSTEM_S = 30
+"""Seconds that one system takes in a round, on a machine with two cores."""
 TASKS, QUICK_TASKS = 3000, 500
 SINGLE, QUICK_SINGLE = 300, 100
 """Tasks carried one at a time."""
@@ -205,6 +207,8 @@ def main() -> None:
     else:
         rounds = given.rounds or (1 if given.quick else ROUNDS)
         contenders = contest(given.only, by_request=given.by_request)
+        minutes = rounds * len(contenders) * SYSTEM_S / 60
+        print(f"{rounds} rounds of {len(contenders)} systems take about {minutes:.0f} minutes", flush=True)
         work = whole(contenders, rounds, tasks, QUICK_SINGLE if given.quick else SINGLE)
     run_to_end(work)
 

@@ -1,11 +1,11 @@
-"""The `loom` command under cProfile: SIGUSR1 begins it, SIGUSR2 ends it and writes BENCH_PROFILE."""
+"""Phases under cProfile: SIGUSR1 begins it, SIGUSR2 ends it and writes BENCH_PROFILE."""
 
 import cProfile
 import os
 import signal
 from pathlib import Path
 
-from loom.runner.cli.app import main
+from bench.checkout.run_phases import main
 
 profile = cProfile.Profile()
 

@@ -27,6 +27,7 @@ MEASURES: dict[str, Measure] = {
     "durability": durability,
 }
 QUEUED = 100_000
+MINUTES, QUICK_MINUTES = 12, 3
 
 
 def main() -> None:
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--queued", type=int, default=QUEUED, help=f"Tasks of the backlog; {QUEUED:,} by default.")
     given = parser.parse_args()
     log_output.configure("error")
+    if not given.only:
+        print(f"all measures take up to {QUICK_MINUTES if given.quick else MINUTES} minutes", flush=True)
     measures: dict[str, Measure] = {**MEASURES, "backlog": partial(backlog, queued=given.queued)}
     for name in given.only or measures:
         print(f"-- {name}: {MEASURES[name].__doc__}", flush=True)

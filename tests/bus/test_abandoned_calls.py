@@ -163,7 +163,7 @@ async def cancelled(bus: Bus, handle: TaskHandle) -> None:
 
 
 @pytest.mark.parametrize("leave", [broken_off, closed, cancelled])
-async def test_an_iteration_that_is_left_ends_the_subscription_to_progress_and_another_begins_it_again(
+async def test_an_iteration_that_is_left_ends_its_progress_subscription_and_the_next_subscribes_again(
     plain: Bus, leave: Callable[[Bus, TaskHandle], Awaitable[None]]
 ) -> None:
     handle = TaskHandle(plain, AD)

@@ -30,7 +30,7 @@ from loom.schemas.base import encode
 from loom.schemas.identity import Identity
 from loom.types import AgentNode, CapabilityProfile
 
-# -- what is announced of a node
+# -- the announcement of a node
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_an_announcement_that_is_too_long_names_the_nodes_alone() -> None:
     assert fit_size(HostAnnouncement(nodes=nodes)).node_ids == tuple(f"n{n}" for n in range(128))
 
 
-# -- when
+# -- times
 
 
 async def test_a_draining_host_announces_it_three_times_under_rising_numbers(stage: Stage) -> None:

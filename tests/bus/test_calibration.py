@@ -72,7 +72,7 @@ async def test_replicas_that_count_the_same_tasks_count_them_once(stage: Stage) 
         await done(stage, 0.5)
         await known(stage, count)
     await first.close()
-    await stage.phase("adapt")  # it reads the whole stream again
+    await stage.phase("adapt")  # the new replica reads the whole stream again
     await done(stage, 0.5)
     last = await known(stage, 8)
     assert (last.count, last.last_seq) == (8, 8)
@@ -89,7 +89,7 @@ async def test_domains_past_the_limit_leave_no_key_not_even_after_a_restart(
     await done(stage, 0.5)
     await known(stage, 2)
     await first.close()
-    await stage.phase("adapt")  # it reads the whole stream again
+    await stage.phase("adapt")  # the new replica reads the whole stream again
     await done(stage, 0.5, domain_token="made-up-3")
     await done(stage, 0.5)
     await known(stage, 3)

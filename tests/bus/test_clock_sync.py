@@ -28,9 +28,7 @@ def right(bus: Bus) -> bool:
     return abs(bus.clock.now() - time.time()) < 1  # the server runs on this machine
 
 
-async def test_the_time_is_known_as_soon_as_a_connection_is_made_or_the_streams_are(
-    connect: Connect, plain: Bus
-) -> None:
+async def test_the_time_is_known_once_the_connection_or_the_streams_exist(connect: Connect, plain: Bus) -> None:
     assert not plain.clock.measured  # no stream is there to ask about
     assert right(plain)
     await topology.apply(plain, ClusterConfig())
@@ -68,7 +66,7 @@ async def test_the_time_is_measured_again_every_few_minutes(bus: Bus, monkeypatc
 
 
 @pytest.mark.slow
-async def test_the_time_is_measured_again_once_the_two_clocks_of_the_machine_move_apart(bus: Bus) -> None:
+async def test_the_time_is_measured_again_once_the_machines_two_clocks_diverge(bus: Bus) -> None:
     set_off(bus, 60)
     bus.clock._gap_s -= 60  # as the monotonic clock stands still while the machine sleeps
     await until(lambda: right(bus), within_s=5, what="the time is right again")

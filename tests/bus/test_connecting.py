@@ -243,7 +243,7 @@ async def test_a_host_with_several_addresses_is_tried_at_each(nats_url: str, mon
 
 
 @pytest.mark.slow
-async def test_a_name_server_that_does_not_answer_is_named_and_asked_once_at_a_time(
+async def test_a_silent_name_server_is_named_and_has_one_request_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = 0

@@ -246,7 +246,7 @@ async def test_a_stopped_subscription_still_delivers_the_messages_that_have_come
     assert received.bodies == [b"0", b"1", b"2", b"3", b"4"]
 
 
-async def test_served_requests_run_concurrently_up_to_the_limit_and_a_bad_one_harms_no_other(plain: Bus) -> None:
+async def test_served_requests_run_concurrently_up_to_a_limit_and_a_bad_one_alone_fails(plain: Bus) -> None:
     running, most, go_on = 0, 0, asyncio.Event()
 
     async def work(msg: Msg) -> None:
@@ -591,7 +591,7 @@ async def test_a_request_whose_server_dies_is_sent_again(mortal: Bus, server: Na
     await asyncio.to_thread(server.restart)
 
     assert (await asked)["state"]["messages"] == 0
-    with pytest.raises(BusUnavailable):  # what changes something twice is for the caller to repeat
+    with pytest.raises(BusUnavailable):  # only the caller may repeat a purge
         await purged
 
 

@@ -153,7 +153,7 @@ async def test_two_concurrent_retries_of_a_letter_start_one_task(bus: Bus) -> No
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_task(
+async def test_an_interrupted_retry_is_repeated_as_the_same_task(
     deleted: bool, bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seq = await keep(bus, envelope())

@@ -238,7 +238,7 @@ async def test_a_dead_letter_written_twice_is_stored_once_and_ends_its_task_once
     assert await messages(bus, "DEAD") == 1
 
 
-# -- where tasks come in
+# -- submissions and subtasks
 
 
 def _intake(**service: Any) -> dict[str, Any]:

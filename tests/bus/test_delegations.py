@@ -211,7 +211,7 @@ async def test_another_replica_finds_the_awaited_subtask_and_sends_its_end(
     await leaving.service.drain(0)
     await stage.phase("execute")
     await until(lambda: one.newest_run is not first, within_s=20, what="it is watched by another")
-    await one.publish("waiting", ad=waiting)  # as a host repeats what it keeps
+    await one.publish("waiting", ad=waiting)  # a host repeats its stored events like this
     await end(stage, child, result=RunResult(content="four"))
     assert (await one.answer()).content == "four"
     assert (await finish(stage, one)).error is None
@@ -296,7 +296,7 @@ def _fields(claim: Claim) -> dict[str, Any]:
     return {name: getattr(claim, name) for name in Claim.__struct_fields__}
 
 
-# -- what a run may not cause
+# -- delegations that are refused
 
 
 async def victim(stage: Stage, task_id: str, **facts: Any) -> None:
@@ -348,7 +348,7 @@ async def test_a_run_gets_the_id_of_its_delegation_at_once_and_nothing_moves(sta
 
 @pytest.mark.parametrize("parent", [None, "another"])
 @pytest.mark.parametrize("ends", ["resumed", "error"])
-async def test_a_task_under_a_derived_id_is_cancelled_only_if_this_task_is_its_parent(
+async def test_a_task_under_a_derived_id_is_cancelled_only_by_its_parent(
     stage: Stage, parent: str | None, ends: str
 ) -> None:
     split = Split(parent=parent, depth=1, deadline=0) if parent else None
@@ -402,7 +402,7 @@ async def test_a_failed_delegation_counts_only_where_a_subtask_has_failed(stage:
     assert (error.code, error.message) == ("subtask_failed" if failed else "agent_failed", "it did not work")
 
 
-async def test_work_that_is_given_up_before_its_admission_is_cancelled_once_it_is_admitted(stage: Stage) -> None:
+async def test_work_given_up_before_its_admission_is_cancelled_after_it(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)

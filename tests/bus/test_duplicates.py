@@ -46,7 +46,7 @@ def taken(logs: list[Any]) -> list[Any]:
     return [entry for entry in logs if entry["event"] == "message_id_taken"]
 
 
-# -- whose message it is
+# -- the owner of a message
 
 
 @pytest.mark.parametrize(
@@ -327,9 +327,7 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
         (SubtaskEnded(task_id="d", child_id="c", subtask="a"), False),
     ],
 )
-def test_a_stored_timeout_of_a_plan_counts_as_sent_when_its_attempt_is_the_same(
-    stored: Any, *, equivalent: bool
-) -> None:
+def test_a_stored_plan_timeout_counts_as_sent_for_the_same_attempt(stored: Any, *, equivalent: bool) -> None:
     assert is_equivalent(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is equivalent
 
 

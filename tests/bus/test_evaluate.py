@@ -252,7 +252,7 @@ async def test_another_nodes_success_refutes_the_error_and_repeated_messages_are
     assert await stage.pending("REWARDS") == 2
 
 
-# -- what it took
+# -- tokens
 
 
 async def test_the_tokens_of_failed_attempts_are_in_the_result_however_the_task_ends(stage: Stage) -> None:
@@ -290,7 +290,7 @@ async def test_a_nodes_failure_sends_the_task_back_with_a_reward_of_zero(stage: 
     assert not stage.all("result")
 
 
-async def test_a_node_that_asked_for_a_pause_is_tried_again_when_no_other_is_left(stage: Stage) -> None:
+async def test_a_node_that_asked_for_a_pause_is_retried_if_no_other_is_left(stage: Stage) -> None:
     await stage.phase("evaluate")
     rested_at = stage.bus.clock.now() + 0.3
     await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), retry_at={"n1": rested_at})
@@ -390,7 +390,7 @@ async def test_no_bids_after_failures_ends_with_the_last_attempts_own_error(stag
     assert not stage.all("reward")
 
 
-# -- messages that come twice, late, or out of nowhere
+# -- messages that come twice, late, or without a record
 
 
 async def test_messages_after_the_end_only_have_it_announced_again(stage: Stage) -> None:

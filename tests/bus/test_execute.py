@@ -10,8 +10,8 @@ from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.hops.outcomes import Next
-from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.service import Execute
@@ -62,7 +62,7 @@ async def accepted(run: FakeRun) -> None:
     await run.publish("started")
 
 
-# -- a run that goes well
+# -- successful runs
 
 
 async def test_a_run_is_claimed_run_and_handed_to_evaluate(stage: Stage) -> None:
@@ -198,7 +198,7 @@ async def test_bytes_that_are_not_an_event_are_left_out(stage: Stage) -> None:
     assert (await outcome(stage)).error is None
 
 
-# -- a run that does not
+# -- failed runs
 
 
 async def nothing(_run: FakeRun) -> None:
@@ -516,7 +516,7 @@ async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
     assert (claim.instance, claim.stream_seq, claim.attempt) == (second.bus.instance, first.stream_seq, 1)
     overtaken = (
         stage.bus.clock.now()
-    )  # by 0.8 s later the first has noticed the silence, and the server would try again
+    )  # by 0.8 s later the first has given up on the host, and the server would deliver the message again
     await until(lambda: stage.bus.clock.now() > overtaken + 0.8, what="both have had their time")
     assert await stage.pending("TASKS") == 1
     assert not stage.all("task", phase="evaluate")

@@ -245,7 +245,7 @@ async def test_a_second_offer_to_a_call_is_left_out_and_counted(stage: Stage) ->
     assert host.calls
 
 
-# -- where it is read
+# -- reports
 
 
 async def test_phases_report_the_fields_they_left_out_of_announcements(stage: Stage) -> None:

@@ -22,7 +22,7 @@ from loom.bus.natsio.clock import ServerClock
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.timings import ServiceTimings
-from loom.schemas.auction import Offer
+from loom.schemas.auction import MAX_LOTS, Lot, Offer
 from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
@@ -80,6 +80,16 @@ async def test_bids_have_the_tokens_runs_took_so_far(stage: Stage) -> None:
     host = await stage.host([node(agent=slow)])
     await (await run(stage, host)).event("result")
     assert (await call(stage)).bids[0].expected_s > 0.04
+
+
+async def test_a_call_of_many_lots_gets_one_offer_whose_bids_are_for_all_of_them(stage: Stage) -> None:
+    await stage.host([node("n1", claim=0.9), node("n2", claim=0.2)])
+    lots = tuple(Lot(task_id=f"t{n}", attempt=1, complexity=0.5, remaining_s=60.0) for n in range(MAX_LOTS))
+    offer = await call(stage, lots=lots)
+    assert [bid.node_id for bid in offer.bids] == ["n1", "n2"]
+    assert all(bid.is_for(lot.task_id) for bid in offer.bids for lot in lots)
+    await stage.bus.requests.flush()
+    assert len(stage.all("offer")) == 1
 
 
 async def test_only_so_many_bids_are_offered_the_preferred_first(stage: Stage) -> None:
@@ -181,7 +191,7 @@ async def test_a_run_ends_with_any_content_of_its_last_event(stage: Stage) -> No
             pass  # and so has no message
 
     odd: dict[str, Any] = {
-        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # what users do
+        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # as a user may pass
         "less": Done(content="x", steps=-1),
         "half": Done(content="x", usage=TokenUsage(prompt_tokens=1.5)),  # type: ignore[arg-type]
         "spent": AgentFailed("gave up", spent=Done(content="x", steps="three")),  # type: ignore[arg-type]
@@ -711,7 +721,7 @@ async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> Non
         assert [found and found.content for found in contents] == ["be kind | apples", "be kind | pears"]
 
 
-# -- who is there
+# -- announcements
 
 
 async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) -> None:
@@ -762,7 +772,7 @@ async def test_the_learned_profile_of_a_node_is_mirrored_into_it(stage: Stage) -
     assert (mine.capabilities.success_rate, mine.consecutive_losses) == (0.25, 2)
 
 
-# -- leaving
+# -- drains
 
 
 async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage) -> None:
@@ -777,7 +787,7 @@ async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage)
     await running.event("started")
     await queued.event("accepted")
     draining = asyncio.ensure_future(host.drain(5))
-    assert await queued.code() == "node_busy"  # it had not begun: another node may as well
+    assert await queued.code() == "node_busy"  # the run had not begun: another node may take it
     assert (await call(stage)).decline == "draining"
     assert (await (await run(stage, host, task_id="t3")).event("rejected")).code == "busy"
     assert stage.all("host", host_id=host.host_id)[-1].draining

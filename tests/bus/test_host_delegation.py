@@ -142,7 +142,7 @@ async def test_the_next_watcher_gets_the_delegations_that_are_still_awaited(stag
 
     async def work(job: RunRequest) -> AsyncIterator[str]:
         answer = asyncio.ensure_future(delegate("slow"))
-        await asyncio.sleep(0)  # it is the first
+        await asyncio.sleep(0)  # the delegation above is the first
         await delegate("quick")
         for _ in range(1100):  # more than a host remembers
             yield "."
@@ -173,7 +173,7 @@ async def test_events_about_delegation_are_sent_again_however_many_events_follow
 
     async def work(job: RunRequest) -> AsyncIterator[str]:
         answer = asyncio.ensure_future(delegate("slow"))
-        await asyncio.sleep(0)  # it is the first
+        await asyncio.sleep(0)  # the delegation above is the first
         await delegate("quick")
         for _ in range(1100):  # more than a host keeps of them
             yield "."

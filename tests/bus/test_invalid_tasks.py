@@ -71,7 +71,9 @@ async def test_a_task_that_one_node_alone_finds_invalid_fails_with_its_sentence(
 @pytest.mark.slow
 async def test_a_node_that_calls_every_ad_invalid_loses_its_share(stage: Stage) -> None:
     sour = await host(stage, "sour", refuse)
-    sour.offer = lambda _call: sour.bids(Bid(node_id="sour", self_rating=0.9))  # it claims most, and so is asked first
+    sour.offer = lambda _call: sour.bids(
+        Bid(node_id="sour", self_rating=0.9)
+    )  # the node with the highest claim is asked first
     good = [await host(stage, name, work) for name in ("n1", "n2")]
     runs: list[int] = []
     for n in range(1, 13):

@@ -60,7 +60,7 @@ async def test_an_update_needs_the_last_revision(bucket: Bucket[NodeProfile]) ->
 async def test_the_same_value_written_by_another_is_a_conflict_all_the_same(bucket: Bucket[NodeProfile]) -> None:
     first = await bucket.create("n1", profile(tasks=1))
     await bucket.update("n1", profile(tasks=2), first)
-    with pytest.raises(Conflict):  # who counts must not believe that its own step was taken
+    with pytest.raises(Conflict):  # a writer that counts must not take the step of another for its own
         await bucket.update("n1", profile(tasks=2), first)
 
 
@@ -162,7 +162,7 @@ async def test_a_key_deleted_by_an_operator_is_absent_and_may_be_created_again(
     assert await bucket.get("n1") == Entry("n1", profile(tasks=3), revision)
 
 
-# -- following
+# -- readers
 
 
 class Follower:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.builders import ad, envelope
+from support.evidence import store_profile
 from support.fake_host import FakeHost
 from support.phase_harness import Replica, Stage
 from support.wait import until
@@ -106,9 +107,7 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
     scores = (Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),)
     for node, mean in (("proven", 1.0), ("boaster", 0.0)):
         evidence = DomainEvidence(scores=scores, count=60, mean=mean)
-        await stage.bus.bucket("nodes", NodeProfile).create(
-            f"local.{node}", NodeProfile(node_id=node, last_seq=9, domains={"code": evidence})
-        )
+        await store_profile(stage.bus, NodeProfile(node_id=node, last_seq=9, domains={"code": evidence}))
 
     async def auctioned_again() -> bool:
         await stage.put("match", task(stage))
@@ -124,7 +123,7 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
 async def test_newcomers_of_one_owner_share_their_count_of_tasks(stage: Stage) -> None:
     """Judged tasks count by the stored profiles, pending ones by the latest awards."""
     failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
-    await stage.bus.bucket("nodes", NodeProfile).create(failed.key, failed)
+    await store_profile(stage.bus, failed)
     local = await host(stage, "h1", offer=lambda _: local.bids(Bid(node_id="weak", self_rating=0.2)))
     names = [Bid(node_id=f"n{n}", self_rating=1.0, free=9) for n in range(1, 9)]
     acme = await host(stage, "h2", owner="acme", offer=lambda _: acme.bids(*names))
@@ -147,14 +146,14 @@ async def test_profiles_learned_before_the_start_are_known_to_the_first_auction(
         scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),), count=60, mean=1.0
     )
     profile = NodeProfile(node_id="n1", last_seq=9, domains={"code": evidence})
-    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
+    await store_profile(stage.bus, profile)
     await host(stage)
     await match(stage)
     await stage.put("match", task(stage))
     assert (await stage.seen("task", phase="execute")).award.evidence_seq == 9
 
 
-# -- how long offers are waited for
+# -- the bid window
 
 
 async def timed(stage: Stage, env: Envelope, phase: str = "execute") -> float:
@@ -185,7 +184,7 @@ async def quietly(**_facts: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
+async def test_a_proven_host_that_missed_three_windows_is_not_awaited_until_it_announces_itself(
     stage: Stage,
 ) -> None:
     await host(stage, "h1")
@@ -201,7 +200,7 @@ async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_i
     assert await timed(stage, task(stage)) > 0.39
 
 
-async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
+async def test_a_host_that_never_made_an_offer_slows_one_auction_in_two_seconds(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.match.calls.presence.UNPROVEN_BURST", 1)
@@ -213,7 +212,7 @@ async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
 
 
 @pytest.mark.slow
-async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage) -> None:
+async def test_twenty_thousand_invented_hosts_do_not_delay_a_task(stage: Stage) -> None:
     await host(stage, "h1")
     await match(stage)
     alone_s = max([await timed(stage, task(stage)) for _ in range(10)])
@@ -520,7 +519,7 @@ async def test_a_task_whose_node_was_busy_pauses_first(pinned: str | None, stage
     assert await timed(stage, task(stage, node_id=pinned, last_error=busy, busy_retries=4)) >= 0.08
 
 
-# -- the rest
+# -- other cases
 
 
 async def test_an_envelope_without_a_spec_is_a_dead_letter(stage: Stage) -> None:
@@ -574,7 +573,7 @@ async def test_evidence_in_the_domain_leaves_no_warning(stage: Stage) -> None:
     await host(stage, nodes=naming("sales"))
     scores = (Score(attempt_id="a", score=1, ended_at=1),)
     profile = NodeProfile(node_id="n9", domains={"sael": DomainEvidence(scores=scores, count=1)})
-    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
+    await store_profile(stage.bus, profile)
     await match(stage)
     await stage.put("match", task(stage, domain="sael"))
     assert (await stage.seen("task", phase="execute")).warnings == ()

@@ -131,7 +131,7 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
     assert [bid.node_id for bid in (await awarded(stage)).bids] == ["n1"]
 
 
-# -- hosts that are announced and silent
+# -- announced hosts that make no offer
 
 
 @pytest.fixture

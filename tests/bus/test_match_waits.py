@@ -62,7 +62,7 @@ async def test_a_phase_whose_hosts_start_after_it_in_its_process_takes_tasks_at_
     await match.drain(0)
 
 
-# -- nodes that had no room
+# -- nodes without a free slot
 
 
 def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> Envelope:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from support.auctions import announced, key
 from support.builders import ad, envelope
+from support.evidence import store_profile
 from support.fake_host import FakeHost
 from support.phase_harness import Replica, Stage
 from support.wait import until
@@ -61,7 +62,7 @@ async def test_a_plain_node_wins_by_its_announcement_alone(stage: Stage) -> None
     assert not stage.all("auction")
 
 
-async def test_a_plain_node_competes_with_nodes_that_bid_and_its_host_is_not_waited_for(stage: Stage) -> None:
+async def test_a_plain_node_competes_with_bidding_nodes_and_its_host_is_not_awaited(stage: Stage) -> None:
     replica = await stage.phase("match", LONG)
     one = await FakeHost(await stage.connect("node"), "h1").start()
     await announce(stage, replica)
@@ -121,7 +122,7 @@ async def test_a_plain_node_fills_its_slots_until_its_tasks_are_judged_or_return
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 2, what="two wait")
     scores = (Score(attempt_id=f"{first.task_id}:1", score=1.0, ended_at=1.0),)
     profile = NodeProfile(node_id="sh", domains={"code": DomainEvidence(scores=scores, count=1, mean=1.0)})
-    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
+    await store_profile(stage.bus, profile)
     await stage.seen("task", phase="execute", count=3)
     lost = TaskError(code="node_lost", message="silent")
     again = envelope(second.ad, now=stage.bus.clock.now(), attempt=2, excluded=("sh",), failures=1, last_error=lost)

@@ -75,7 +75,7 @@ def subject_of(stage: Stage) -> str:
     return stage.bus.subjects.of("run", "local", "h1")
 
 
-# -- what is an agent
+# -- programs that are agents
 
 
 async def test_a_program_that_just_replies_is_an_agent(stage: Stage, foreign: Client) -> None:
@@ -171,7 +171,7 @@ async def test_content_beyond_the_limit_is_cut(stage: Stage, foreign: Client) ->
     assert len(result.content) < 64 * 1024
 
 
-# -- what a reply is
+# -- replies
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign
 
 
 @pytest.mark.slow
-async def test_a_slow_node_is_asked_once_and_a_reply_after_it_was_lost_is_counted(plain: Bus, foreign: Client) -> None:
+async def test_a_slow_node_is_asked_once_and_its_reply_after_the_loss_counted(plain: Bus, foreign: Client) -> None:
     async def nothing(_msg: NatsMsg) -> None:
         """Reply later."""
 

@@ -121,7 +121,7 @@ async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
     return received
 
 
-# -- as it should be
+# -- the ordinary course
 
 
 async def test_a_divided_task_is_parked_and_its_ready_subtasks_begin(stage: Stage) -> None:
@@ -255,7 +255,7 @@ async def test_events_are_repeated_with_their_notice_and_only_for_subtasks_of_th
     ]
 
 
-# -- twice, late, never
+# -- messages that come twice, late or never
 
 
 async def test_all_that_follows_is_published_again_under_the_same_ids(stage: Stage) -> None:
@@ -299,11 +299,11 @@ async def test_a_notice_before_its_time_or_without_a_plan_changes_nothing(stage:
     await divided(stage, (("a",),))
     child = await begun(stage, "a")
     record = await stage.record(child)
-    await notify_end(stage, record)  # it still runs
+    await notify_end(stage, record)  # the subtask still runs
     stranger = replace(child, ad=replace(child.ad, task_id="x"), split=replace(child.split, parent="y"))  # type: ignore[type-var]
     await end(stage, stranger)
     mistaken = replace(child, ad=replace(child.ad, task_id="z"))
-    await end(stage, mistaken)  # one the plan does not know
+    await end(stage, mistaken)  # a subtask that is not in the plan
     await dealt_with(stage)
     assert (await stored(stage)).subtasks[0].state == "running"  # type: ignore[union-attr]
     assert not stage.all("task", phase="execute") + stage.all("task", phase="evaluate")
@@ -475,7 +475,7 @@ async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stag
     )
 
 
-# -- depth and plans of no use
+# -- depth and unusable plans
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ async def test_a_bad_plan_is_sent_back_once_with_its_errors(stage: Stage) -> Non
         ),
     ],
 )
-async def test_without_a_usable_plan_the_task_runs_whole_with_a_note_and_no_second_request(
+async def test_a_task_without_a_usable_plan_runs_whole_with_a_note_and_no_retry(
     stage: Stage, answers: tuple[Any, ...], why: str
 ) -> None:
     model = Scripted(*answers)

@@ -24,7 +24,7 @@ from loom.schemas.errors import BusUnavailable, LoomError
 
 STALLS = [
     (BusUnavailable("no answer"), 3, True),
-    (BusUnavailable("no answer"), 1, False),  # it answers everything else, and there is no other
+    (BusUnavailable("no answer"), 1, False),  # the only server still answers other requests
     (Refused("stream not found", ServerErrorCode.STREAM_NOT_FOUND), 3, False),
 ]
 

@@ -72,7 +72,7 @@ async def test_records_come_by_admission_and_once(bus: Bus) -> None:
 
     assert [one.task_id for one in await recent_records(bus, 5)] == ["new", "old"]
     assert [one.task_id for one in await recent_records(bus, 5, lambda one: one.ended)] == ["old"]
-    assert [one.task_id for one in await recent_records(bus, 1)] == ["old"]  # the one changed last
+    assert [one.task_id for one in await recent_records(bus, 1)] == ["old"]  # the record changed last
 
 
 async def test_a_query_since_a_time_has_the_ends_and_rewards_from_it_on(bus: Bus) -> None:

@@ -66,7 +66,7 @@ async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage
     assert await repair(stage.bus, compared) == [
         "local.n2",
         "local.n4",
-    ]  # what was read before the repair is of no use after it
+    ]  # entries read before the repair are outdated after it
     repaired = await stored(stage)
     assert repaired["n2"] == whole["n2"]
     assert repaired["n4"].total_tasks == 1

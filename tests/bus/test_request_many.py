@@ -97,7 +97,7 @@ async def test_a_request_many_that_cannot_be_sent_leaves_nothing_behind(plain: B
     assert plain.requests._sinks == {}
 
 
-async def test_a_request_many_without_a_listener_ends_at_once_or_with_a_tap_by_its_window(
+async def test_a_request_many_without_listeners_ends_at_once_or_with_a_tap_in_time(
     plain: Bus, connect: Connect
 ) -> None:
     names, took = await ask(plain, window_s=5)

@@ -121,7 +121,7 @@ async def test_one_of_two_replicas_acts_and_min_nodes_stay(stage: Stage, grown: 
     grown.let_go()  # type: ignore[attr-defined]
     await until(lambda: len(grown.names()) == 2, within_s=WITHIN_S, what="one child has gone")
     count = len(stage.all("host"))
-    await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both look on meanwhile
+    await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both replicas check their nodes meanwhile
     assert len(orders(stage)) == 1
     assert len(grown.names()) == 2
     holder = await stage.bus.bucket("tuning", Lease).get("apoptosis")

@@ -28,7 +28,7 @@ async def given(stage: Stage, owner: str = "local") -> Envelope:
     return env
 
 
-async def test_a_run_request_names_the_host_its_owner_and_the_replica_in_its_reply_subject(stage: Stage) -> None:
+async def test_the_reply_subject_of_a_run_request_names_host_owner_and_replica(stage: Stage) -> None:
     one = await FakeHost(await stage.connect("node"), owner="acme", run=FakeRun.succeed).start()
     execute = await stage.phase("execute")
     env = await given(stage, owner="acme")
@@ -83,7 +83,7 @@ async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(plain: Bus
             await watch.next()
 
 
-async def test_each_watch_has_its_own_key_and_late_events_of_a_moved_run_are_not_counted(
+async def test_each_watch_has_its_own_key_and_a_moved_runs_late_events_do_not_count(
     plain: Bus,
 ) -> None:
     one = await FakeHost(plain).start()
@@ -102,7 +102,7 @@ async def test_each_watch_has_its_own_key_and_late_events_of_a_moved_run_are_not
     assert not plain.discards.hosts
 
 
-async def test_a_reply_after_the_last_event_is_counted_if_the_run_was_asked_for_once(plain: Bus) -> None:
+async def test_a_reply_after_the_last_event_is_counted_after_a_single_request(plain: Bus) -> None:
     one = await FakeHost(plain, run=FakeRun.succeed).start()
     async with await watch_of(plain, REQUEST) as watch:
         while (event := await watch.next()) is not None and not event.final:

@@ -164,7 +164,7 @@ async def test_an_answer_is_never_sent_outside_client_inboxes(stage: Stage, repl
     assert not hijacked
 
 
-# -- what is refused
+# -- refusals
 
 
 async def test_a_bad_ad_is_refused_at_submission_and_nothing_is_queued(stage: Stage) -> None:
@@ -188,7 +188,7 @@ async def test_an_ad_that_accepts_nothing_at_all_is_refused(stage: Stage) -> Non
         assert (error.code, error.field) == ("invalid_task", "accept")
 
 
-async def test_a_bad_ad_put_straight_into_the_intake_ends_with_a_reply_and_a_record(stage: Stage) -> None:
+async def test_a_bad_ad_stored_directly_in_the_intake_ends_with_reply_and_record(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
     task, asker = ad(description="  "), Asker(stage.bus)
@@ -219,7 +219,7 @@ async def test_bytes_that_are_not_a_submission_end_as_dead_letter(stage: Stage) 
     assert await stage.pending("DEAD") == 1
 
 
-# -- how hard, which domain
+# -- complexity and domain
 
 
 async def test_a_model_is_asked_when_the_ad_has_little_text(stage: Stage) -> None:
@@ -326,7 +326,7 @@ async def test_a_subtask_is_admitted_like_a_task(stage: Stage) -> None:
     assert (await stage.read("child")).state == "running"
 
 
-async def test_whether_a_task_is_to_be_divided_is_decided_by_sense_and_its_settings(stage: Stage) -> None:
+async def test_sense_and_its_settings_decide_whether_a_task_is_divided(stage: Stage) -> None:
     await stage.phase("sense", ClusterConfig(mitosis_threshold=0.4, max_depth=3))
     for count, (complexity, divide) in enumerate([(0.4, False), (0.5, True)], 1):
         await submit(stage, ad(estimated_complexity=complexity))

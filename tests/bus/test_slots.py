@@ -172,7 +172,7 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     hanging = HangingAgents()
 
     async def deaf_child(job: RunRequest) -> str:
-        return await asyncio.create_task(hanging.ignores_cancel(job))  # what it waits for ignores the cancel
+        return await asyncio.create_task(hanging.ignores_cancel(job))  # the awaited code ignores the cancel
 
     nodes = [node("n1", hanging.ignores_cancel), node("n2", deaf_child)]
     host = await stage.host(nodes, slots=1)
@@ -202,7 +202,7 @@ async def test_a_drain_does_not_wait_for_runs_that_ignore_their_cancel(stage: St
     late = await run(stage, host, remaining_s=0.2)
     assert await late.code() == "deadline_exceeded"
     begun = time.monotonic()
-    await host.drain(30)  # nothing is in hand: the one run has ended, whatever its code still does
+    await host.drain(30)  # no run is in hand: the one run has ended, though its code goes on
     watcher = hanging.started
     assert watcher == ["t1"]
     assert time.monotonic() - begun < 5

@@ -60,7 +60,7 @@ async def flood(run: FakeRun) -> None:
     await run.bus.connection.publish(run.subject, [RunEvent(seq=n, kind="heartbeat") for n in range(20)])
 
 
-# -- what is stopped
+# -- stops of runs
 
 
 async def test_a_cancelled_run_is_stopped_until_its_last_event_and_not_counted(stage: Stage) -> None:
@@ -143,7 +143,7 @@ async def test_the_end_of_an_ended_task_stops_the_attempt_in_its_record(stage: S
     assert one.stops[0] == Stop(task_id=env.task_id, attempt=3, why="ended")
 
 
-async def test_a_message_that_comes_past_the_deadline_stops_the_attempt_that_the_record_names(stage: Stage) -> None:
+async def test_a_message_past_the_deadline_stops_the_attempt_in_the_record(stage: Stage) -> None:
     one = await host(stage, hang)
     await stage.phase("execute")
     env = awarded(envelope(ad(), now=stage.bus.clock.now(), left_s=-1))
@@ -184,14 +184,14 @@ async def test_a_claim_stops_the_lower_attempt_that_may_still_run_on_another_hos
     assert bool(two.stops) is stopped
 
 
-# -- who publishes that a task is cancelled
+# -- publishers of a cancellation
 
 
 async def cancelled_at(stage: Stage, count: int) -> None:
     await stage.seen("cancelled", task_id="t1", count=count)
 
 
-async def test_sense_publishes_a_cancel_once_the_record_has_it_and_again_when_it_is_repeated(stage: Stage) -> None:
+async def test_sense_publishes_a_cancel_after_its_record_and_again_when_repeated(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     asker = Asker(stage.bus)

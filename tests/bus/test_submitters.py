@@ -97,7 +97,7 @@ async def test_a_name_reaches_its_own_task_and_the_plain_subject_every_task(stag
         assert len(stage.all("task", phase="evaluate")) == count
 
 
-# -- submits of an id that is known
+# -- submissions of a known id
 
 
 @pytest.mark.parametrize("by", ["bob", "public", ""])
@@ -114,7 +114,7 @@ async def test_an_id_of_another_submitter_is_refused_by_either_subject_before_th
     assert len(stage.all("intake")) == 1
 
 
-async def test_another_ad_under_a_known_id_is_refused_and_the_same_ad_again_is_answered(stage: Stage) -> None:
+async def test_another_ad_under_a_known_id_is_refused_and_the_same_one_answered(stage: Stage) -> None:
     await stage.phase("sense")
     task = ad(context={"n": 1})
     await ended(stage, "ann", task)

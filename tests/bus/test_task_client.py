@@ -316,7 +316,7 @@ async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_raises
     assert complaints == []
 
 
-# -- asking and cancelling
+# -- status and cancel
 
 
 async def test_the_status_is_a_result_and_the_record_is_absent_while_the_task_waits(
@@ -357,7 +357,7 @@ async def test_an_id_that_is_not_a_token_is_refused(plain: Bus) -> None:
 # -- answers
 
 
-async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_headers(plain: Bus) -> None:
+async def test_a_failed_task_is_answered_with_its_result_and_error_headers(plain: Bus) -> None:
     error = TaskError(code="cancelled", message="someone\ncancelled\r\nthe task: 代码")
     record = _ended(state="cancelled", envelope=envelope(error=error))
     received: list[Msg] = []

@@ -40,7 +40,7 @@ class Server:
         return AgentNode(id=node_id, agent=agent, capabilities=CapabilityProfile(scores={"code": 0.5}))
 
 
-async def test_a_server_is_opened_once_for_all_runs_and_nodes_and_closed_with_the_host(stage: Stage) -> None:
+async def test_a_tool_server_is_opened_once_per_host_and_closed_with_it(stage: Stage) -> None:
     server = Server()
     life = Lifespan(server.connect)
     host = await stage.host([server.node("n1", life), server.node("n2", life)])

@@ -90,7 +90,7 @@ async def test_a_lane_waits_thirty_seconds_and_delivers_without_end(bus: Bus) ->
         config = (await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}"))["config"]
         assert (config["ack_policy"], config["ack_wait"], config["max_deliver"]) == ("explicit", 30 * 10**9, -1)
         assert config["max_ack_pending"] == -1
-        assert "backoff" not in config  # it would override the 30 seconds
+        assert "backoff" not in config  # a backoff list would override the 30 seconds
 
 
 async def test_every_phase_has_a_lane_for_every_priority(bus: Bus) -> None:
@@ -195,7 +195,7 @@ async def test_only_the_stream_with_schedules_allows_rollup_headers_as_the_serve
         await bus.jetstream.api("STREAM.CREATE.pedantic", {**config, "allow_rollup_hdrs": False, "pedantic": True})
 
 
-# -- what is missing
+# -- missing streams and consumers
 
 
 async def test_missing_streams_are_restored_and_the_others_left_as_they_are(bus: Bus) -> None:

@@ -110,7 +110,7 @@ async def test_processes_of_the_same_version_and_of_other_namespaces_do_not_prev
     await check_processes(plain)
 
 
-# -- who creates what
+# -- permissions to create streams
 
 
 @pytest.mark.slow

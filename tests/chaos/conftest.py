@@ -8,7 +8,7 @@ from loom.runner.server.nats_server import NatsServer
 
 @pytest.fixture
 def server() -> Iterator[NatsServer]:
-    """A server of the test's own, to kill and restart."""
+    """A server of one test, to kill and restart."""
     server = NatsServer()
     server.start()
     yield server
@@ -17,6 +17,6 @@ def server() -> Iterator[NatsServer]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is gone is soon replaced."""
+    """Shorten the intervals after which lost processes are replaced."""
     for module, name, value in each_setting(QUICK):
         monkeypatch.setattr(module, name, value)

@@ -200,7 +200,7 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
 async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_awarded(
     bus: Bus, agents: HangingAgents
 ) -> None:
-    """Wherever it waits: for any node, for the one it is pinned to, or parked for the parts it was divided into."""
+    """The task waits for any node, for its pinned node, or for its subtasks."""
     plan = {"plan": {"subtasks": [{"id": "a", "description": "x", "domain": "quick"}]}}
     divided = TaskAd(domain="quick", description="x", estimated_complexity=1.0, context=plan)
     awarded: list[str] = []

@@ -99,14 +99,14 @@ async def test_a_clock_step_of_a_process_with_all_services_changes_nothing(
 
 
 class Machines:
-    """A server, and each phase and a node host on a machine of its own."""
+    """A server, and each phase and a node host on separate machines."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url
         self._stack = AsyncExitStack()
 
     def step(self, name: str, seconds: float) -> None:
-        """Set how far a machine's clock is off."""
+        """Set the offset of a machine's clock."""
         file = self.folder / f"{name}.step"
         file.with_suffix(".new").write_text(str(seconds))
         file.with_suffix(".new").replace(file)

@@ -145,7 +145,7 @@ class CrashScenario(Stage):
         )
         record = await until(self._ended, within_s=WITHIN_S, what=f"{self.crash}: the end; messages: {self.tape()}")
         await self._check(record)
-        if self.how is signal.SIGSTOP:  # the stopped process goes on
+        if self.how is signal.SIGSTOP:  # the stopped process continues
             self.child.resume()
             await self.child.end()
             await self._check(record)

@@ -34,7 +34,7 @@ async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 
 
 class Silent:
-    """A model that takes the question and never answers."""
+    """A model that accepts the request and never answers."""
 
     def __init__(self) -> None:
         self.asked: list[CompletionParams] = []
@@ -54,7 +54,7 @@ async def publish(bus: Bus, node_id: str = "", timeout_s: float = TIMEOUT_S, **f
 
 
 async def ends_in_time(bus: Bus, node_id: str = "", **facts: Any) -> str:
-    """Hand in a task, see it end by its deadline and not before, and return its id."""
+    """Submit a task, check that it ends at its deadline, and return its id."""
     begun = time.monotonic()
     handle = await publish(bus, node_id, **facts)
     with pytest.raises(DeadlineExceeded):

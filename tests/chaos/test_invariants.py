@@ -7,7 +7,7 @@ from support.kill_run import run_under_kills
 from support.kill_schedule import LONGEST_DOWN_S, schedule
 
 
-def test_a_schedule_is_the_same_for_the_same_seed() -> None:
+def test_a_schedule_is_the_same_for_the_same_random_seed() -> None:
     targets = ["server", "sense", "ada"]
 
     assert list(schedule(3, targets, 20, 1.0)) == list(schedule(3, targets, 20, 1.0))

@@ -52,7 +52,7 @@ class Client:
             self.deltas.append(delta)
 
     async def ended(self) -> TaskRecord:
-        """Wait for the task's end; its deltas have come in order by then."""
+        """Wait for the end of the task, and check that its deltas arrived in order."""
         await self.handle.result(WITHIN_S)
         await self._listening
         numbers = [(delta.attempt, delta.seq) for delta in self.deltas]
@@ -93,7 +93,7 @@ class HeldAgent:
 
 
 async def settled(stage: Stage) -> None:
-    """Wait until no message is left, and none died."""
+    """Wait until no message is left, and check that none is a dead letter."""
 
     async def so() -> bool:
         return not await stage.pending("TASKS") and not await stage.pending("INTAKE")

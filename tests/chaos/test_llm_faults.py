@@ -53,13 +53,13 @@ def burst() -> None:
 
 @tool
 def flood() -> str:
-    """Return far too much."""
+    """Return a text above the limit."""
     return "é" * 1_000_000
 
 
 @tool
 def opaque() -> object:
-    """Return what JSON cannot carry."""
+    """Return a value that JSON cannot carry."""
     return object()
 
 
@@ -191,7 +191,7 @@ FAULTS: dict[str, Fault] = {
 
 
 class Models:
-    """One server behind many models, each with a fault of its own; `which` returns the fault for a request."""
+    """One server behind many models, each with a separate fault; `which` returns the fault for a request."""
 
     def __init__(self, faults: dict[str, Fault], which: Callable[[Request], str]) -> None:
         self.asked_at: dict[str, list[float]] = {name: [] for name in faults}
@@ -216,7 +216,7 @@ def by_number(request: Request) -> str:
 
 
 async def provider_for(url: str, patience_s: float = 30.0) -> OpenAIProvider:
-    """A provider that is connected: on first use openai's library holds up the event loop for a while."""
+    """A provider that is connected: on first use, openai's library blocks the event loop for a while."""
     provider = OpenAIProvider(AgentConfig(api_key="k", base_url=url, timeout_s=patience_s))
     await provider._client()
     return provider
@@ -242,7 +242,7 @@ class Cluster:
 async def cluster(
     nats_url: str, namespace: str, faults: dict[str, Fault], claims: Sequence[float] = (), **rooms: int
 ) -> AsyncIterator[Cluster]:
-    """The n-th fault is that of node `n<n>`, which claims `claims[n]` of the domain."""
+    """Node `n<n>` has the n-th fault, and rates itself `claims[n]` in the domain."""
     models = Models(faults, by_prompt)
     async with OpenAIServer(models.answer) as server, AsyncExitStack() as stack:
         providers = {}

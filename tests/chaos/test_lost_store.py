@@ -64,7 +64,7 @@ async def learned(bus: Bus, total: int, within_s: float = 20) -> NodeProfile:
 
 
 async def complete(bus: Bus) -> None:
-    """Wait until every stream, bucket and consumer is there."""
+    """Wait until every stream, bucket and consumer exists."""
 
     async def so() -> bool:
         seen = await topology.inspect(bus, ClusterConfig())
@@ -74,7 +74,7 @@ async def complete(bus: Bus) -> None:
 
 
 @pytest.mark.slow
-async def test_after_the_store_was_wiped_new_tasks_end_and_learning_goes_on(tmp_path: Path) -> None:
+async def test_after_a_wiped_store_new_tasks_end_and_learning_continues(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()
     try:
@@ -158,7 +158,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def roll_up(stage: Stage) -> None:
-    """Erase all hops by one message, as the server lets anyone do who may publish a hop."""
+    """Erase all hops by one message; the server allows it to every publisher of hops."""
     await stage.bus.jetstream.publish(
         stage.bus.subjects.later("match", "x", "y"), b"{}", headers={"Nats-Rollup": "all"}
     )

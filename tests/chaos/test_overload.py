@@ -31,7 +31,7 @@ async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 
 
 class Gated:
-    """An agent that works once it may; each task's runs are counted."""
+    """An agent that waits for permission to work, and counts the runs of each task."""
 
     def __init__(self, *, open_now: bool = False, seconds: float = 0.0) -> None:
         self.runs: Counter[str] = Counter()
@@ -52,13 +52,13 @@ async def held(bus: Bus, stream: str) -> int:
 
 
 async def in_flight(bus: Bus) -> int:
-    """Hops in TASKS; one that only waits for its time is none."""
+    """Return the number of hops in TASKS, without scheduled ones."""
     state = await topology.stream_state(bus, "TASKS", subjects=bus.subjects.of("task", "*", "*", "*"))
     return sum(state.get("subjects", {}).values())
 
 
 async def submit(bus: Bus, task_id: str) -> bool:
-    """Hand a task to the desk; whether it was accepted."""
+    """Submit a task at the submit subject, and return whether it was accepted."""
     ad = TaskAd(task_id=task_id, domain="any", description="x", wait=False)
     try:
         await task_client.request(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S)
@@ -68,7 +68,7 @@ async def submit(bus: Bus, task_id: str) -> bool:
 
 
 async def publish(bus: Bus, task_id: str) -> bool:
-    """Hand a task straight to the intake, as Python clients do; whether it was accepted."""
+    """Publish a task to the intake, as Python clients do, and return whether it was accepted."""
     try:
         handle = await task_client.publish(bus, TaskAd(task_id=task_id, domain="any", description="x"), deltas=False)
     except Overloaded:

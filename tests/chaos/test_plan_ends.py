@@ -48,7 +48,7 @@ async def work(job: RunRequest) -> str:
 
 
 async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
-    """Wait until the plan is done and has for every subtask that was begun the state of its record."""
+    """Wait until the plan is done and shows each begun subtask in the state of its record."""
 
     async def settled() -> SplitPlan | None:
         entry = await bus.bucket("plans", SplitPlan).get(task_id)

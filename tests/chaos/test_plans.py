@@ -102,7 +102,7 @@ class CrashScenario(Stage):
         """Start another replica, and check how the task and its subtasks end."""
         await self._stack.enter_async_context(running_phases(self.url, names=["scale"], namespace=self.namespace))
         record = await self._check()
-        if self.how is signal.SIGSTOP:  # the stopped process goes on
+        if self.how is signal.SIGSTOP:  # the stopped process continues
             self.child.resume()
             await self.child.end()
             assert await self._check() == record, self.crash

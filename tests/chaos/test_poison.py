@@ -38,11 +38,13 @@ from loom.schemas.task import Submission, TaskAd
 
 WITHIN_S = 30
 LANES = ("intake", "sense", "match", "scale", "execute", "evaluate")
+TO_SCALE = {PLAN_KEY: True}
+"""Context of a task that passes SCALE, which keeps it whole because no model can plan it."""
 DEEP = b"[" * 1200 + b"]" * 1200
 
 
 class Kind(NamedTuple):
-    """A way to spoil a message that was well."""
+    """A way to corrupt a valid message."""
 
     spoil: Callable[[bytes], bytes]
     reason: str
@@ -83,7 +85,7 @@ KINDS = {
 
 
 def well(lane: str, task_id: str, now: float) -> bytes:
-    """A message that the lane could read, all fields spelt out that a kind spoils."""
+    """A valid message of the lane, with every field that a kind corrupts."""
     ad = TaskAd(task_id=task_id, description="count the words", timeout_s=55.5)
     hops = (Hop(phase="sense", instance="i", started=now, finished=now),)
     message = Submission(ad=ad, submission="s") if lane == "intake" else Envelope(ad=ad, deadline=now + 60, hops=hops)
@@ -103,7 +105,7 @@ def phase_of(lane: str) -> str:
 
 
 async def wait_for_letters(bus: Bus, count: int) -> dict[str, Letter]:
-    """The subject each letter was found on -> the letter, once there are so many."""
+    """Return the dead letters by original subject, once `count` of them exist."""
 
     async def there() -> bool:
         return await messages(bus, "DEAD") >= count
@@ -132,7 +134,7 @@ async def cluster(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
         yield bus
 
 
-async def test_every_kind_of_poison_message_is_dead_lettered_and_phases_go_on(
+async def test_every_kind_of_poison_message_is_dead_lettered_and_phases_continue(
     cluster: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes are kept, the task of each message ends as `dead_letter`, and later tasks succeed."""
@@ -163,7 +165,7 @@ async def test_every_kind_of_poison_message_is_dead_lettered_and_phases_go_on(
 
 
 class _Measured:
-    """A decoder that notes the sizes of what it is given."""
+    """A decoder that records the sizes of its inputs."""
 
     def __init__(self, decoder: Any, sizes: list[int]) -> None:
         self._decoder, self._sizes = decoder, sizes
@@ -174,7 +176,7 @@ class _Measured:
 
 
 async def end_of(bus: Bus, task_id: str) -> str:
-    """How a task has ended: its error's code, else its state."""
+    """Return the code of the task's error, or its state."""
 
     async def ended() -> TaskRecord | None:
         entry = await records(bus).get(task_id)
@@ -291,7 +293,7 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
         before = [await task_client.publish(bus, _neighbour(n)) for n in range(3)]
         handle = await task_client.publish(
-            bus, TaskAd(task_id="killer", description="x", context={MARK: True, PLAN_KEY: True})
+            bus, TaskAd(task_id="killer", description="x", context={MARK: True, **TO_SCALE})
         )
         behind = [await task_client.publish(bus, _neighbour(n)) for n in range(3, 6)]
         process = await stack.enter_async_context(command(tmp_path, *words, **env))
@@ -319,4 +321,4 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
 
 
 def _neighbour(number: int) -> TaskAd:
-    return TaskAd(task_id=f"neighbour-{number}", description="count the words", domain="code")
+    return TaskAd(task_id=f"neighbour-{number}", description="count the words", domain="code", context=TO_SCALE)

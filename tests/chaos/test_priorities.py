@@ -39,7 +39,7 @@ RAISED = pytest.mark.parametrize(("priority", "raised"), [(name, name in ("high"
 
 @pytest.fixture
 def server() -> Iterator[NatsServer]:
-    """A server of the test's own: what is queued on it at the end goes with it."""
+    """A server of one test: tasks queued at the end are discarded with it."""
     server = NatsServer()
     server.start()
     yield server
@@ -57,14 +57,14 @@ def hosting(url: str, name: str) -> AbstractAsyncContextManager[NodeHost]:
 
 
 async def flood(bus: Bus, count: int) -> None:
-    """Hand in so many low tasks, each of them accepted."""
+    """Submit a number of low tasks, and check that each is accepted."""
     for _ in range(count // AT_ONCE):
         ads = [TaskAd(domain="any", description="can wait", priority="low", wait=False) for _ in range(AT_ONCE)]
         await asyncio.gather(*(task_client.request(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S) for ad in ads))
 
 
 async def latency(bus: Bus) -> float:
-    """Seconds from handing in a critical task to its answer."""
+    """Return the seconds from the submission of a critical task to its answer."""
     begun = time.monotonic()
     handle = await task_client.publish(bus, TaskAd(domain="any", description="now", priority="critical"), deltas=False)
     assert await handle.content(WITHIN_S) == "critical"

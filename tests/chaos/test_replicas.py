@@ -38,7 +38,7 @@ async def client(cluster: NatsCluster) -> AsyncIterator[Bus]:
 
 
 async def _copies(bus: Bus) -> dict[str, int]:
-    """Stream or bucket -> servers that have it, the leader among them."""
+    """Return the servers of each stream and bucket, with the leader."""
     infos = [(await bus.jetstream.api(f"STREAM.INFO.{one['name']}")) for one in topology.streams(bus, THREE)]
     return {info["config"]["name"]: 1 + len(info["cluster"].get("replicas") or []) for info in infos}
 

@@ -39,7 +39,7 @@ nodes = [AgentNode(id="sleeper", capabilities=CapabilityProfile(scores={"any": 0
 
 @pytest.fixture
 def server() -> Iterator[NatsServer]:
-    """A server of the test's own, to take away and bring back."""
+    """A server of one test, to stop and restart."""
     server = NatsServer()
     server.start()
     yield server
@@ -47,7 +47,7 @@ def server() -> Iterator[NatsServer]:
 
 
 class Agent:
-    """An agent that waits for leave to end."""
+    """An agent that waits for permission to end."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -115,7 +115,7 @@ async def cluster_of(server: NatsServer, agent: Agent) -> AsyncIterator[Bus]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("away_s", [1, pytest.param(15, marks=[pytest.mark.slow, pytest.mark.timeout(120)])])
-async def test_work_goes_on_after_the_server_was_away(server: NatsServer, away_s: float) -> None:
+async def test_work_continues_after_an_outage_of_the_server(server: NatsServer, away_s: float) -> None:
     agent = Agent()
     async with cluster_of(server, agent) as bus:
         before = await publish(bus)

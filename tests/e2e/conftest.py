@@ -10,7 +10,7 @@ from loom import AgentConfig, OpenAIProvider
 
 @pytest.fixture
 def model() -> Iterator[OpenAIServer]:
-    """A well-behaved model behind the OpenAI protocol, in a thread of its own."""
+    """A well-behaved model behind the OpenAI protocol, in a separate thread."""
     with OpenAIServer() as server:
         yield server
 
@@ -22,14 +22,14 @@ def provider(model: OpenAIServer) -> OpenAIProvider:
 
 @pytest.fixture
 def loom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
-    """Runs a command in this process; the environment is the test's to set."""
+    """A function that runs a command in this process; the test sets the environment."""
     with commands(monkeypatch, capsys) as run:
         yield run
 
 
 @pytest.fixture
 def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The module's own `cluster`, which commands find in the environment."""
+    """The `cluster` of the module, whose address commands read from the environment."""
     monkeypatch.setenv("NATS_URL", cluster.url)
     monkeypatch.setenv("LOOM_NAMESPACE", cluster.namespace)
     monkeypatch.setenv("COLUMNS", "80")

@@ -35,7 +35,7 @@ LATE_S = 3.5
 
 
 async def work(job: RunRequest) -> AsyncIterator[TextDelta]:
-    """An agent that is late where the description asks for it, and writes in two pieces."""
+    """An agent that writes in two pieces, and is late on request of the description."""
     yield TextDelta(text="done: ")
     if "late" in job.description:
         await asyncio.sleep(LATE_S)
@@ -56,7 +56,7 @@ async def address(tmp_path: Path) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def cluster(url: str) -> AsyncIterator[None]:
-    """Run the phases and a node whose runs are not waited for at the end."""
+    """Run the phases and a node; the exit does not wait for its runs."""
     config = ClusterConfig(drain_timeout_s=0.1)
     nodes = [node("worker", work, code=0.9)]
     async with running_phases(url, config=config), running_nodes(url, lambda: nodes, drain_timeout_s=0.1):

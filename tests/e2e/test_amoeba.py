@@ -52,7 +52,7 @@ async def events_of(loop: AmoebaLoop, text: str) -> list[LoopEvent]:
     return [event async for event in loop.execute(LoopContext(messages=[UserMessage(text)], domain="code"))]
 
 
-async def test_text_steps_and_tools_come_in_order_and_done_comes_last(
+async def test_text_steps_and_tools_are_streamed_in_order_and_done_is_last(
     phases: Bus, model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     @tool
@@ -111,7 +111,7 @@ async def test_a_failed_task_ends_with_an_error_and_done(phases: Bus, provider: 
     assert done.content == ""
 
 
-async def test_an_agent_set_later_takes_the_next_task(phases: Bus, provider: OpenAIProvider) -> None:
+async def test_an_agent_set_later_runs_the_next_task(phases: Bus, provider: OpenAIProvider) -> None:
     empty = AgentNode(id="coder", capabilities=CapabilityProfile(scores={"code": 0.9}))
     loop = loop_over(provider, empty)
     async with loop:

@@ -123,7 +123,7 @@ async def test_every_message_of_a_task_can_be_subscribed_to(
     assert (reward["score"], reward["node_id"], reward["task_id"]) == (1.0, "coder", "t-2")
 
 
-async def test_labels_are_on_record_result_and_reward_and_no_agent_sees_them(
+async def test_labels_are_in_record_result_and_reward_and_not_in_jobs(
     raw: Client, namespace: str, nodes: list[AgentNode]
 ) -> None:
     messages: list[Msg] = []

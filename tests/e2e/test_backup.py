@@ -34,7 +34,7 @@ WITHOUT_MATCH = tuple(phase for phase in PHASES if phase != "match")
 
 @pytest.fixture
 async def empty_server(tmp_path: Path) -> AsyncIterator[str]:
-    """The address of a server of its own."""
+    """The address of a separate server."""
     async with embedded_server(tmp_path / "second") as server:
         yield server.url
 
@@ -53,7 +53,7 @@ async def work(bus: Bus) -> None:
 
 
 async def wait_for_match(bus: Bus) -> None:
-    """Submit tasks that get as far as MATCH."""
+    """Submit tasks that stop at MATCH."""
     for task_id in WAITING:
         await (await task_client.publish(bus, TaskAd(task_id=task_id, domain="code", description=task_id))).close()
 
@@ -65,7 +65,7 @@ async def wait_for_match(bus: Bus) -> None:
 
 
 async def contents(bus: Bus, name: str) -> list[tuple[int, str, str]]:
-    """Sequence, subject and body of all that a stream holds."""
+    """Return sequence, subject and body of every message of a stream."""
     state = (await bus.jetstream.api(f"STREAM.INFO.{name}"))["state"]
     messages = []
     for seq in range(state["first_seq"], state["last_seq"] + 1):

@@ -63,7 +63,7 @@ Start = Callable[..., Awaitable[Command]]
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the machine the tests run on."""
+    """Remove the settings of the machine from the environment."""
     for name in list(os.environ):
         if name.startswith(("LOOM_", "NATS_", "OPENAI_")) or name in {"COLUMNS", "NO_COLOR", "FORCE_COLOR"}:
             monkeypatch.delenv(name)
@@ -71,7 +71,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def start(environment: None, tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts `loom` in a folder of its own that holds agents.py and tasks.jsonl."""
+    """A function that starts `loom` in a new folder with agents.py and tasks.jsonl."""
     (tmp_path / "agents.py").write_text(AGENTS)
     (tmp_path / "tasks.jsonl").write_text(TASKS)
     started: list[asyncio.subprocess.Process] = []
@@ -109,7 +109,7 @@ async def hosting(url: str, namespace: str, **agents: object) -> AsyncIterator[N
 # -- loom run
 
 
-async def test_run_brings_all_it_needs_and_reports_in_order(start: Start, tmp_path: Path) -> None:
+async def test_run_starts_server_and_phases_and_reports_in_order(start: Start, tmp_path: Path) -> None:
     ended = await loom(start, "run", "tasks.jsonl", "--agents", "agents.py", NO_COLOR="1")
 
     results = [decode(line, TaskResult) for line in (tmp_path / "results.jsonl").read_bytes().splitlines()]
@@ -172,7 +172,7 @@ async def test_an_interrupted_run_keeps_its_results(start: Start, tmp_path: Path
 
 
 @pytest.mark.slow
-async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path: Path) -> None:
+async def test_a_closed_pipe_of_a_reader_does_not_end_the_run(start: Start, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -352,7 +352,7 @@ async def test_submit_without_wait_prints_the_id_alone(start: Start, phases: Bus
 
 @pytest.fixture
 def quietly(environment: None) -> Iterator[None]:
-    """For commands run in this process: what they do to the logs is undone."""
+    """Undo the changes of commands in this process to logging."""
     yield
     log_output.reset()
 
@@ -422,7 +422,7 @@ def test_a_bad_setting_ends_every_command(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.slow
-async def test_without_a_server_a_client_gives_up_soon(start: Start) -> None:
+async def test_without_a_server_a_client_fails_soon(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"nats://user:secret@127.0.0.1:{probe.getsockname()[1]}"
     ended = await loom(start, "tap", NATS_URL=url)

@@ -32,7 +32,7 @@ AD = TaskAd(task_id="t3", description=EVIL, domain="code", context={"n": 1})
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """One whose phases have met rubbish, something large, a task that skipped a phase, and a subtask."""
+    """A cluster with dead letters: garbage, a large message, a task that skipped a phase, and a subtask."""
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", [node("n", echo, code=0.9)]) as cluster:
         cluster.do(_poison(cluster))
         yield cluster
@@ -53,7 +53,7 @@ async def _poison(cluster: Cluster) -> None:
 
 
 def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
-    """An envelope that reaches SCALE without what MATCH leaves."""
+    """An envelope that reaches SCALE without the award of MATCH."""
     hops = tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in ("sense", "match"))
     return encode(Envelope(ad=ad, deadline=cluster.bus.clock.now() + 60, hops=hops))  # type: ignore[arg-type]  # phases all of them
 

@@ -46,7 +46,7 @@ async def endless(job: RunRequest) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """One that has done a task at the second try and another with a long id, and is at an endless one."""
+    """A cluster with a task done at the second attempt, one with a long id, and an endless running one."""
     nodes = [node("good", echo, loud=0.8), node("bad", fail, loud=0.9), node("slow", endless, loud=0.01)]
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", nodes) as cluster:
         cluster.do(_work(cluster))
@@ -66,7 +66,7 @@ async def _work(cluster: Cluster) -> None:
 
 
 async def _begin(cluster: Cluster, task_id: str) -> None:
-    """Hand in a task that does not end, and wait until it runs."""
+    """Submit an endless task, and wait until it runs."""
 
     async def runs() -> bool:
         record = await handle.record()
@@ -394,7 +394,7 @@ async def _publish(cluster: Cluster, ad: TaskAd) -> None:
 
 
 async def _is_known(cluster: Cluster, task_id: str) -> bool:
-    """Whether MATCH has the task."""
+    """Return whether the task is at MATCH."""
     state = (
         await cluster.bus.jetstream.api(
             f"STREAM.INFO.{cluster.bus.subjects.stream('TASKS')}", {"subjects_filter": f"*.*.match.*.{task_id}"}

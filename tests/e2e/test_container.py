@@ -30,7 +30,7 @@ PATIENCE_S = 20.0
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image of the server found here: static, so that nothing has to be pulled."""
+    """An image of the local server binary, which is static; nothing is pulled."""
     docker = pytest.importorskip("docker")
     try:
         client = docker.from_env()

@@ -84,7 +84,7 @@ async def cluster(on_bus: tuple[str, str]) -> Any:
 
 
 async def pass_on(job: RunRequest) -> str:
-    """Do what is left of `depth`: delegate a part with one less, twice at once."""
+    """Delegate two concurrent parts with a depth lower by one, until the depth is 0."""
     left = int(job.description.rsplit(" ", 1)[1])
     if not left:
         return "leaf"
@@ -126,7 +126,7 @@ def two() -> int:
 
 
 class Boss:
-    """A model that does nothing others ask for."""
+    """A model that fails delegated work."""
 
     def __init__(self, model: Agent) -> None:
         self.model = model
@@ -168,7 +168,7 @@ async def test_a_model_delegates_by_a_tool_and_a_failure_is_a_tool_error(
 
 
 class Spender:
-    """Delegates one part with half of what there is, and takes tokens of its own."""
+    """Delegates one part with half of the budget, and uses tokens itself."""
 
     async def stream(self, job: RunRequest) -> AsyncIterator[AgentEvent]:
         content = "part"

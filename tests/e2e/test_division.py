@@ -65,7 +65,7 @@ async def test_a_diamond_runs_on_two_node_processes_and_is_put_together(tmp_path
 
 
 async def _both_are_there(bus: Bus) -> bool:
-    """Whether each node answers for the field it knows."""
+    """Return whether each node answers in its own field."""
     try:
         await topology.stream_state(bus, "DEAD")
         for domain, name in (("code", "ada"), ("data", "ben")):

@@ -56,7 +56,7 @@ def troubles(findings: list[Finding]) -> dict[str, str]:
 
 
 @pytest.mark.slow
-async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, client: Bus, tmp_path: Path) -> None:
+async def test_a_healthy_cluster_has_only_good_findings(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     url, namespace = on_bus
     where = {"NATS_URL": url, "LOOM_NAMESPACE": namespace}
     async with running_phases(url, namespace=namespace), running_nodes(url, nodes, namespace=namespace):

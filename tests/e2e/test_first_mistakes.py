@@ -149,7 +149,7 @@ def test_a_capability_given_as_a_dict_is_accepted() -> None:
     assert node.capabilities.scores == {"code": 0.9}
 
 
-HANDING_IN: dict[str, tuple[Any, str]] = {
+WRONG_TASKS: dict[str, tuple[Any, str]] = {
     "a number": (5, "a int is not a task: give a TaskAd, a dict of its fields, or a text"),
     "an empty text": ("", "description is empty: describe the work"),
     "a misspelt key": ({"descripton": "x"}, "unknown field `descripton`; did you mean `description`?"),
@@ -186,7 +186,7 @@ async def test_a_mistake_in_a_task_is_answered_by_its_submit() -> None:
     rt = Runtime()
     rt.add_agent(lambda text: text, name="worker")
     async with rt:
-        for mistake, (task, sentence) in HANDING_IN.items():
+        for mistake, (task, sentence) in WRONG_TASKS.items():
             with pytest.raises(InvalidTask) as caught:
                 await rt.submit(task)
             assert caught.value.message == sentence, mistake
@@ -253,6 +253,6 @@ def test_a_file_without_nodes_is_refused_with_its_requirements(source: str, tmp_
         load_node_file(file)
 
 
-def test_a_node_in_place_of_an_agent_is_answered_with_where_it_goes() -> None:
+def test_a_node_in_place_of_an_agent_is_refused_with_the_right_call() -> None:
     with pytest.raises(LoomError, match=r"is a node already: add it by rt.cluster.add_node\(node\)"):
         Runtime().add_agent(AgentNode(agent=lambda text: text))

@@ -23,7 +23,7 @@ def _logs() -> Iterator[None]:
 
 
 def globals_of_the_process() -> dict[str, Any]:
-    """What a library could change for the whole process."""
+    """Return the state that a library could change for the whole process."""
     structure = structlog.get_config()
     return {
         "structlog": (structlog.is_configured(), {**structure, "processors": list(structure["processors"])}),
@@ -36,7 +36,7 @@ def globals_of_the_process() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("level", ["", "debug"])
-async def test_a_runtime_leaves_everything_global_to_its_program(
+async def test_a_runtime_does_not_change_global_state_of_its_program(
     level: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)

@@ -89,7 +89,7 @@ async def raises_beside(description: str) -> str:
 def interrupts(description: str) -> str:
     raise KeyboardInterrupt
 
-def tells_a_secret(description: str) -> str:
+def raises_a_secret(description: str) -> str:
     raise RuntimeError("GET https://x/?key=canary-in-a-url failed, Bearer " + os.environ["OPENAI_API_KEY"])
 
 async def quick(description: str) -> str:
@@ -103,7 +103,7 @@ nodes = [AgentNode(id=f.__name__, agent=f, capabilities=CapabilityProfile(scores
 
 @asynccontextmanager
 async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIterator[Command]:
-    """`loom host run` with these agents, in a process of its own."""
+    """Run `loom host run` with these agents in a process."""
     (folder / "agents.py").write_text(AGENTS)
     own = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, **env}
     async with command(folder, *LOOM, "host", "run", str(folder / "agents.py"), **own) as host:
@@ -111,7 +111,7 @@ async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIt
 
 
 async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
-    """Hand in a task and return once it runs on that node."""
+    """Submit a task, and return once it runs on that node."""
     ad = TaskAd(domain=domain or node_id, description="x", timeout_s=60)
     handle = await task_client.publish(bus, ad, deltas=False)
 
@@ -228,7 +228,7 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
                 hosting(tmp_path, server.url, namespace, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=model.base_url) as host,
             ):
                 await bus.connection.subscribe_sync(">", messages.append)
-                ad = TaskAd(node_id="tells_a_secret", domain="x", description="x", timeout_s=20)
+                ad = TaskAd(node_id="raises_a_secret", domain="x", description="x", timeout_s=20)
                 result = await (await task_client.publish(bus, ad, deltas=True)).result(WITHIN_S)
                 listed = await loom(tmp_path, "task", "ls", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
                 one = await loom(
@@ -317,7 +317,7 @@ async def main():
     print("closed in", time.monotonic() - begun, flush=True)
 
 asyncio.run(main())
-print("the program goes on")
+print("the program continues")
 """
 
 
@@ -328,6 +328,6 @@ async def test_a_program_continues_after_a_runtime_whose_agent_ignores_its_cance
     async with command(tmp_path, sys.executable, str(tmp_path / "program.py")) as program:
         ended = await program.end()
     assert ended.code == 0, ended.err
-    closed, goes_on = ended.out.splitlines()
+    closed, continued = ended.out.splitlines()
     assert float(closed.split()[-1]) < 6
-    assert goes_on == "the program goes on"
+    assert continued == "the program continues"

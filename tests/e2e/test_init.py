@@ -72,7 +72,7 @@ async def test_streams_of_another_version_are_refused_until_they_are_reset(loom:
     assert (await in_thread(loom, "init")).code == 0
 
 
-def test_a_reset_without_a_terminal_wants_to_be_confirmed(loom: Loom, on_bus: Where) -> None:
+def test_a_reset_without_a_terminal_needs_confirmation(loom: Loom, on_bus: Where) -> None:
     is_refused(loom, "init --reset", 2, "bad_usage: Invalid value for --reset: deletes all tasks")
 
 

@@ -114,7 +114,7 @@ async def test_a_graph_that_fails_fails_its_task_and_the_text_of_an_exception_st
     assert undelegated.error.code == "subtask_failed"
 
 
-async def test_cancelling_ends_the_graph_s_request_to_its_model_and_its_host_goes_on(
+async def test_cancelling_ends_the_graphs_model_request_and_its_host_continues(
     on_bus: tuple[str, str], client: Bus, hosting: Command, model: OpenAIServer
 ) -> None:
     model.script(Reply(text=STORY, silent_after=3))

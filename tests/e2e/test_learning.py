@@ -34,7 +34,7 @@ AT_ONCE = 4
 
 
 class Rewards:
-    """What every node has earned, in order."""
+    """Return the rewards of every node, in order."""
 
     def __init__(self) -> None:
         self.all: list[Reward] = []
@@ -50,7 +50,7 @@ class Rewards:
 
 
 class LearningCluster:
-    """Phases that retry soon and give a silent host up soon."""
+    """Phases that retry soon and drop a silent host soon."""
 
     def __init__(self, bus: Bus, url: str, namespace: str, stack: AsyncExitStack) -> None:
         self.bus, self.url, self.namespace = bus, url, namespace
@@ -61,14 +61,14 @@ class LearningCluster:
         await self._stack.enter_async_context(running_nodes(self.url, lambda: nodes, namespace=self.namespace))  # type: ignore[arg-type,return-value]
 
     async def silent_host(self, node_id: str, claim: float) -> None:
-        """A host that bids and never answers what it is asked to run."""
+        """A host that bids and never answers a run request."""
         bus = await self._stack.enter_async_context(Bus(self.url, namespace=self.namespace, role="node"))
         host = FakeHost(bus, f"{node_id}-host", (node_id,))
         host.offer = lambda _call: host.bids(Bid(node_id=node_id, self_rating=claim))
         await host.start()
 
     async def work(self, count: int, *, timeout_s: float = 30.0) -> list[TaskResult]:
-        """Have so many tasks done, four at once, and return their results."""
+        """Run a number of tasks, four at once, and return their results."""
         room = asyncio.Semaphore(AT_ONCE)
 
         async def one(number: int) -> TaskResult:
@@ -134,7 +134,7 @@ async def test_an_invalid_task_fails_after_two_nodes_and_costs_them_nothing(clus
     assert cluster.rewards.all == []
 
 
-async def test_a_node_that_calls_every_ad_invalid_loses_its_share_as_one_that_fails(cluster: LearningCluster) -> None:
+async def test_a_node_that_rejects_every_ad_loses_its_share_like_a_failing_one(cluster: LearningCluster) -> None:
     await cluster.host(node("refusing", call_invalid, code=0.9), node("good", echo, code=0.5))
     results = await cluster.work(40)
 
@@ -187,7 +187,7 @@ async def test_a_dishonest_bidder_hardly_wins_over_the_bus(nats_url: str) -> Non
 
 
 async def test_a_domains_bias_is_read_under_the_key_it_is_written_under(cluster: LearningCluster) -> None:
-    """Whatever the wording of the domain, and in no other domain."""
+    """The bias applies to every spelling of the domain, and to no other domain."""
     await cluster.host(node("quick", echo))
 
     async def guess(domain: str) -> Spec:

@@ -44,7 +44,7 @@ def proxy(model_server: OpenAIServer, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def upstream(model_server: OpenAIServer) -> OpenAIServer:
-    """The server behind the proxy, as new."""
+    """The server behind the proxy, reset."""
     model_server.answer = refuses_parameters(lambda request: turn(request, content=ANSWER))
     model_server.requests.clear()
     return model_server
@@ -64,7 +64,7 @@ async def provider_of(proxy: LitellmProxy) -> AsyncIterator[Callable[..., OpenAI
 
 
 def refuses_parameters(answer: Answerer) -> Answerer:
-    """Refuse what OpenAI's reasoning models refuse, and else answer."""
+    """Refuse the parameters that OpenAI's reasoning models refuse, and otherwise answer."""
 
     def refuse_or_answer(request: Request) -> Reply:
         if "max_tokens" in request.body:
@@ -108,7 +108,7 @@ def refusal(
 
 
 def refused(upstream: OpenAIServer) -> list[str]:
-    """What the model's server was sent and refuses, in order."""
+    """Return the received parameters that the model's server refuses, in order."""
     bodies = [request.body for request in upstream.requests]
     return [name for body in bodies for name in ("max_tokens", "temperature") if name in body]
 
@@ -131,7 +131,7 @@ async def test_a_job_of_a_reasoning_model_ends_with_its_answer(
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_a_whole_answer_has_the_reasoning_beside_it(
+async def test_a_whole_answer_has_the_reasoning_next_to_it(
     upstream: OpenAIServer, provider_of: Callable[..., OpenAIProvider], model: str
 ) -> None:
     agent = Agent(provider_of(model), AgentConfig(stream=False))

@@ -215,7 +215,7 @@ async def test_reasoning_is_kept_apart_from_the_answer(provider: OpenAIProvider,
         Accept(json_schema={"type": "object", "required": ["size"]}),
     ],
 )
-async def test_a_model_that_reasons_calls_a_tool_and_goes_on(provider: OpenAIProvider, accept: Accept | None) -> None:
+async def test_a_reasoning_model_calls_a_tool_and_continues(provider: OpenAIProvider, accept: Accept | None) -> None:
     chosen = []
 
     @tool

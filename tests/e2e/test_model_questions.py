@@ -15,7 +15,7 @@ from loom.types import Accept, CapabilityProfile, TaskResult
 
 @pytest.fixture
 async def runtime(on_bus: tuple[str, str], provider: OpenAIProvider) -> AsyncIterator[Runtime]:
-    """Phases that may ask a model, and a node whose agent is one."""
+    """Phases with a model, and a node whose agent is a model."""
     url, namespace = on_bus
     async with running_phases(url, namespace=namespace, llm=provider):
         rt = Runtime(provider=provider)

@@ -50,7 +50,7 @@ async def endless(job: RunRequest) -> str:
 
 @pytest.fixture
 async def operator(tmp_path: Path) -> AsyncIterator[Bus]:
-    """A cluster on a server of its own; a connection that may do all."""
+    """A cluster on a separate server, and a connection with all permissions."""
     async with configured_server(tmp_path, permitted(f"{tmp_path}/js", "ann")) as address:
         url = f"nats://loom:{PASSWORD}@{address}"
         config = ClusterConfig(drain_timeout_s=0.1)
@@ -130,7 +130,7 @@ async def command_output(folder: Path, operator: Bus, *words: str) -> str:
 
 
 async def part_or_whole(job: RunRequest) -> str:
-    """An agent that delegates where the description asks for it."""
+    """An agent that delegates on request of the description."""
     if "delegate" in job.description:
         return f"with a {await delegate('sort', domain='code')}"
     return f"done: {job.description}"

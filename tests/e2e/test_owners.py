@@ -42,7 +42,7 @@ async def _entered(context):  # type: ignore[no-untyped-def]  # noqa: ANN001, AN
 
 
 async def _work(cluster: Cluster) -> None:
-    """Do a task that is pinned, and one that the node of `local` fails and the one of acme does."""
+    """Run a pinned task, and one that fails on the node of `local` and succeeds on the one of acme."""
     pinned = await task_client.publish(
         cluster.bus, TaskAd(task_id="t1", domain="code", description="x", node_id="acme.coder")
     )

@@ -50,7 +50,7 @@ async def test_closed_standard_streams_are_as_good_as_dev_null(
     assert "Traceback" not in ended.err
 
 
-def test_the_numbers_of_closed_streams_are_taken_and_printing_goes_nowhere() -> None:
+def test_closed_standard_descriptors_are_occupied_and_prints_are_dropped() -> None:
     code = (
         "import os, socket, sys\n"
         "from loom.runner.cli.process_start import open_standard_streams\n"
@@ -80,7 +80,7 @@ in_container = pytest.mark.skipif(not _may_unshare(), reason="needs the right to
 
 
 def first_process(container: Command) -> int:
-    """Process 1 of a container, by its number here."""
+    """Return the host's process id of process 1 of a container."""
     [pid] = [own for own, args in below(container.process.pid).items() if "--mount-proc" not in args][:1]
     return pid
 
@@ -163,7 +163,7 @@ async def test_a_process_with_a_slow_lookup_of_its_servers_name_ends_at_once(loo
 
 
 @pytest.mark.slow
-async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
+async def test_a_process_ends_after_its_drain_despite_a_running_thread(
     tmp_path: Path, nats_url: str, namespace: str
 ) -> None:
     (tmp_path / "busy.py").write_text(

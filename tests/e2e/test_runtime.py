@@ -211,7 +211,7 @@ async def test_cluster_config_rules_the_phases_started_here(embedded: None) -> N
     assert not agent.runs
 
 
-async def test_dispose_leaves_neither_process_nor_folder_and_bears_being_called_twice(
+async def test_dispose_leaves_neither_process_nor_folder_and_may_be_called_twice(
     embedded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -321,7 +321,7 @@ async def test_a_run_does_not_inherit_the_context_of_the_opening_caller(on_bus: 
 
 
 class Interrupts:
-    """A model provider that interrupts what asks it."""
+    """A model provider that raises KeyboardInterrupt or SystemExit in its caller."""
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         raise KeyboardInterrupt(params.max_tokens)

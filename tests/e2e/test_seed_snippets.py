@@ -64,7 +64,7 @@ async def test_the_amoeba_snippet_runs_as_written(
     await provider.aclose()
 
 
-def test_the_copy_kept_here_is_the_seeds_document() -> None:
+def test_the_copy_kept_here_equals_the_original_document() -> None:
     if not SHARED.exists():
         pytest.skip("the document of loom-agent 0.6 is not next to this checkout")
     assert OWN_COPY.read_bytes() == SHARED.read_bytes()

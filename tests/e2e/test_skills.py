@@ -32,7 +32,7 @@ SQL = Skill(
 
 
 def tables() -> str:
-    """The tables there are."""
+    """List the tables."""
     return "sales"
 
 

@@ -140,7 +140,7 @@ async def test_a_runtime_without_a_store_keeps_nothing_and_loom_store_sets_the_p
     assert (tmp_path / "kept" / "jetstream").is_dir()
 
 
-async def test_a_store_beside_a_server_in_use_is_reported_as_not_used(
+async def test_a_store_given_with_a_running_server_is_reported_as_unused(
     on_bus: tuple[str, str], phases: Bus, tmp_path: Path
 ) -> None:
     with capture_logs() as logs:

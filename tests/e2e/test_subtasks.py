@@ -27,7 +27,7 @@ async def hosted(phases: Bus, on_bus: tuple[str, str]) -> Any:
 
 
 def task(*descriptions: str, **facts: Any) -> TaskAd:
-    """One whose parts are done one after the other, each named after what it does."""
+    """Return an ad whose subtasks run one after the other, each named after its work."""
     plan = [
         {"id": text, "description": text, "dependencies": list(descriptions[:index])}
         for index, text in enumerate(descriptions)
@@ -59,7 +59,7 @@ async def test_a_subtask_that_fails_has_the_code_of_its_error(client: Bus, hoste
     ]
 
 
-async def test_events_that_were_lost_are_made_up_for_when_the_task_has_ended(client: Bus, hosted: None) -> None:
+async def test_lost_events_are_replaced_when_the_task_has_ended(client: Bus, hosted: None) -> None:
     ended = reported(await events_of(client, task("one", "two"), leave_after=1))
 
     assert ended == [
@@ -80,7 +80,7 @@ async def test_a_client_subscribes_to_no_subject_of_a_phase(client: Bus, monkeyp
         assert subscribed == [client.subjects.of("subtask", "public", "t1")]
 
 
-async def test_a_whole_task_has_only_its_own_progress(client: Bus, hosted: None) -> None:
+async def test_an_undivided_task_has_only_its_own_progress(client: Bus, hosted: None) -> None:
     news = await events_of(client, TaskAd(domain="code", description="x"))
 
     assert news

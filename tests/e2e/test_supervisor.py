@@ -125,7 +125,7 @@ def restarted(server: NatsServer, before: int) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_killed_comes_back_with_its_port_and_store(tmp_path: Path) -> None:
+async def test_a_killed_server_is_restarted_with_its_port_and_store(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()
     url = server.url
@@ -186,11 +186,11 @@ class Cluster:
         return Counter(each.metadata["service"] for each in await discover(self.bus, within_s=0.2))
 
     def victims(self) -> dict[int, str]:
-        """Process id -> command line of all that runs, but for the shells that mind the server."""
+        """Return the command lines of all processes by id, without the shells that guard the server."""
         return below(self.up.process.pid)
 
     async def task(self, task_id: str) -> None:
-        """Hand in a task that runs until `go_on`, and return when it runs."""
+        """Submit a task that runs until `go_on`, and return when it runs."""
         ad = TaskAd(task_id=task_id, domain="any", description="wait", wait=False)
         await task_client.request(self.bus, self.bus.subjects.submit, ad)
         await self.reaches(task_id, "running")

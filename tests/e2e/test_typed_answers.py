@@ -35,7 +35,7 @@ def answering(content: Any) -> Runtime:
     return rt
 
 
-async def test_the_answer_comes_as_an_object_of_the_type() -> None:
+async def test_the_answer_is_an_object_of_the_type() -> None:
     async with answering(Point(1, 2)) as rt:
         assert await rt.submit("where", returns=Point) == Point(1, 2)
     async with answering('{"title": "a", "points": [1]}') as rt:
@@ -44,7 +44,7 @@ async def test_the_answer_comes_as_an_object_of_the_type() -> None:
         assert await rt.submit(TaskAd(description="count"), returns=list[int]) == [1, 2]
 
 
-async def test_a_bare_text_is_an_answer_where_a_string_is_wanted() -> None:
+async def test_a_bare_text_is_accepted_for_a_string() -> None:
     class Colour(Enum):
         RED = "red"
 
@@ -59,7 +59,7 @@ async def test_a_bare_text_is_an_answer_where_a_string_is_wanted() -> None:
         assert await rt.submit("which", returns=Colour) is Colour.RED
 
 
-async def test_the_agent_sees_the_schema_of_the_type() -> None:
+async def test_the_job_has_the_schema_of_the_type() -> None:
     seen: list[Any] = []
 
     def answers(job: Job) -> Point:

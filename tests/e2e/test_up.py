@@ -29,7 +29,7 @@ async def up(folder: Path, *words: str, **env: str) -> AsyncIterator[tuple[Comma
 
 
 async def work_on(bus: Bus) -> None:
-    """Have all tasks done and learned from."""
+    """Run all tasks, and wait until their rewards are applied."""
     coder = node("coder", echo, code=0.6)
     async with running_nodes(bus.connection.url, lambda: [coder]):
         handles = [await publish(bus, ad, deltas=False) for ad in ads()]

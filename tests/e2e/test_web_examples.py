@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 class Client:
-    """Speaks HTTP and JSON with a server on this machine."""
+    """Sends HTTP requests with JSON to a local server."""
 
     def __init__(self, port: int) -> None:
         self._port = port

@@ -35,7 +35,7 @@ def javascript() -> Path:
 
 @pytest.fixture(params=["py", pytest.param("mjs", marks=pytest.mark.slow)])
 def start(request: pytest.FixtureRequest, client: Bus) -> Start:
-    """Starts an example by its name; yields the id of its host once that has announced itself."""
+    """A function that starts an example by name, and yields its host id after the announcement."""
     folder = EXAMPLES if request.param == "py" else request.getfixturevalue("javascript")
     interpreter = sys.executable if request.param == "py" else "node"
 

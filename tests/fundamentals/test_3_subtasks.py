@@ -23,7 +23,7 @@ async def test_a_task_is_divided(phases: Bus) -> None:
 
 
 async def test_a_run_delegates(phases: Bus) -> None:
-    """A running agent submits a task with `delegate` and goes on with its answer."""
+    """A running agent submits a task with `delegate` and continues with its answer."""
 
     async def manager(description: str) -> str:
         return f"in French: {await delegate(description, domain='french')}"

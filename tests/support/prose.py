@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ("schemas", "bus", "agents", "phases", "runner", "loom", "examples")
-TESTS = ("tests/bus", "tests/support", "tests/bench")
-"""Folders of tests whose names, docstrings and comments have no word of dialect."""
+TESTS = tuple(f"tests/{name}" for name in ("bench", "bus", "chaos", "e2e", "fundamentals", "support", "unit"))
+"""Folders whose test names, docstrings and comments have no word of dialect."""
 
 _GENERATED = re.compile(r"<!-- tables?: written by .*?<!-- end of tables? -->", flags=re.DOTALL)
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1 *$", flags=re.DOTALL | re.MULTILINE)

@@ -23,7 +23,7 @@ class Model(pydantic.BaseModel):
     name: str
 
 
-def test_a_text_is_the_work_in_words() -> None:
+def test_a_text_becomes_the_description() -> None:
     assert ad_of("sort these").description == "sort these"
 
 

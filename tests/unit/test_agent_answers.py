@@ -113,7 +113,7 @@ SCHEMA: dict[str, Any] = {
 WANTS_JSON = RunRequest(task_id="t1", description="Which port?", accept=Accept(json_schema=SCHEMA))
 
 
-async def test_the_model_gets_the_wanted_schema_as_response_format(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_the_request_has_the_accepted_schema_as_response_format(server: OpenAIServer, make: MakeAgent) -> None:
     assert (await make().run(WANTS_JSON)).content == '{"port": 1}'
 
     asked = server.requests[0]
@@ -187,7 +187,7 @@ async def test_text_around_requested_json_is_removed(text: str, streaming: bool)
     assert result.content == '{"port": 80}'
 
 
-async def test_text_stays_as_it_is_where_no_json_is_wanted() -> None:
+async def test_text_is_unchanged_without_a_json_schema() -> None:
     text = '```json\n{"port": 80}\n```'
 
     assert (await Scripted(answering(text)).agent().run(JOB)).content == text

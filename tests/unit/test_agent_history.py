@@ -118,7 +118,7 @@ async def test_calls_past_the_most_of_one_turn_are_answered_by_an_error() -> Non
     assert [f"at most {MAX_CALLS} calls" in each for each in results] == [False] * MAX_CALLS + [True] * 6
 
 
-async def test_fields_beside_a_call_go_back_unless_they_cannot_be_sent() -> None:
+async def test_fields_next_to_a_call_are_sent_back_unless_they_cannot_be_sent() -> None:
     signed = ToolCall(id="a", name="now", extra={"extra_content": {"google": {"thought_signature": "SIG"}}})
     broken = ToolCall(id="b", name="now", extra={"text": "\ud83d"})
     provider = Scripted(wanting(signed, broken), answering("done"))

@@ -96,7 +96,7 @@ def test_a_limit_below_one_is_refused(limits: dict[str, int]) -> None:
 
 
 def costing(answer: list[StreamChunk], prompt: int, completion: int) -> list[StreamChunk]:
-    """`answer` with what it took."""
+    """Return `answer` with its token usage."""
     usage = Usage(prompt_tokens=prompt, completion_tokens=completion)
     return [*answer[:-1], replace(answer[-1], usage=usage)]
 
@@ -136,7 +136,7 @@ async def test_an_answer_that_breaks_off_counts_as_far_as_it_came() -> None:
     assert error.spent.usage.estimated
 
 
-async def test_a_question_that_was_never_answered_costs_nothing() -> None:
+async def test_a_request_without_an_answer_costs_nothing() -> None:
     error = await failure_of(Scripted([OSError("no route")]).agent())
 
     assert error.spent.tokens_used == 0

@@ -162,7 +162,7 @@ async def test_a_provider_may_have_complete_alone(answer: Any, blocking: bool) -
     assert (await agent.run(JOB)).content == "fine"
 
 
-async def test_usage_in_a_dict_is_believed() -> None:
+async def test_usage_in_a_dict_is_accepted() -> None:
     answer = [{"text": "fine", "usage": {"prompt_tokens": 30, "completion_tokens": 20}}]
     done = done_of(await events_of(Scripted(answer).agent()))
 

@@ -34,7 +34,7 @@ def read(raw: bytes, size: int) -> list[Any]:
     ],
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_a_body_is_read_however_it_is_cut(raw: str, values: list[Any], size: int) -> None:
+def test_a_body_is_read_in_any_pieces(raw: str, values: list[Any], size: int) -> None:
     assert read(raw.encode(), size) == values
 
 

@@ -107,7 +107,7 @@ def test_a_reward_has_the_guess_of_a_task_done_whole_by_its_node() -> None:
     assert [one and one.estimated for one in guesses] == [0.4, None, None, None]
 
 
-def test_so_many_domains_are_calibrated_and_no_more_but_those_go_on() -> None:
+def test_the_number_of_calibrated_domains_is_bounded_and_known_ones_continue() -> None:
     calibrating = CalibrationWriter(Bus("nats://nowhere"))
     domain_tokens = [f"d{number}" for number in range(MAX_DOMAINS + 1)]
 

@@ -38,7 +38,7 @@ def test_better_and_worse_are_treated_alike(window: list[float]) -> None:
 
 @given(scores)
 def test_the_gain_of_a_split_is_the_divergence_of_its_parts_from_the_whole(window: list[float]) -> None:
-    """i·kl(m1, m) + (n - i)·kl(m2, m), as the docs have it."""
+    """i·kl(m1, m) + (n - i)·kl(m2, m), as in the docs."""
     n, total = len(window), sum(window)
     for i in range(1, n):
         left = sum(window[:i])

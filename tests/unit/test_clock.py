@@ -10,7 +10,7 @@ from loom.bus.natsio.clock import ServerClock
 
 
 class Clocks:
-    """The two clocks of a process, in the test's hand."""
+    """The two clocks of a process, set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall, self.monotonic = 1_000_000.0, 50.0
@@ -37,7 +37,7 @@ def test_before_a_measurement_the_time_is_the_wall_clocks_at_the_start(clocks: C
 
 
 @pytest.mark.parametrize("step_s", [3600, -3600, 0.001, 1e9])
-def test_a_step_of_the_wall_clock_changes_nothing_and_is_noticed_once(clocks: Clocks, step_s: float) -> None:
+def test_a_step_of_the_wall_clock_changes_nothing_and_is_logged_once(clocks: Clocks, step_s: float) -> None:
     clock = ServerClock()
     clock.measure(2_000_000, 50, 50)
     clocks.pass_s(5)

@@ -22,7 +22,7 @@ def job(conversation: Any, **context: Any) -> RunRequest:
 
 
 async def asked(request: RunRequest, system_prompt: str = "") -> tuple[Message, ...]:
-    """The messages of the first question about a job."""
+    """Return the messages of the first request for a job."""
     provider = Scripted(["Ada"])
     await events_of(Agent(provider, system_prompt=system_prompt), request)
     return provider.asked[0].messages

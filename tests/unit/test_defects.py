@@ -50,7 +50,7 @@ COVERED = {
     ],
     "failing fast that pays": [
         "unit/test_reward_formulas.py::test_a_failure_earns_nothing_however_fast",
-        "unit/test_retry_policy.py::test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise",
+        "unit/test_retry_policy.py::test_a_failure_scores_zero_if_the_node_is_at_fault_and_otherwise_gives_no_reward",
     ],
     "decay that is a cliff": [
         "unit/test_reward_formulas.py::test_the_decay_of_a_day_is_small_and_continuous",
@@ -108,7 +108,7 @@ async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
 
 
 async def ended(agent: StreamingAgent) -> Envelope:
-    """Return how a task ends whose one attempt this agent makes."""
+    """Return the ended task after its only attempt by this agent."""
     task = awarded(envelope(ad("What is 2 + 3?", token_budget=10_000), now=0))
     job = RunRequest(task_id=task.task_id, attempt=1, description="What is 2 + 3?", remaining_s=2)
     try:
@@ -121,7 +121,7 @@ async def ended(agent: StreamingAgent) -> Envelope:
 
 
 def learned(*tasks: Envelope) -> tuple[NodeProfile, list[Reward]]:
-    """Return what is known of the node after these tasks, and what it earned for them."""
+    """Return the profile of the node after these tasks, and its rewards for them."""
     profile, rewards = NodeProfile(node_id="n1"), []
     for seq, task in enumerate(tasks, 1):
         reward = reward_for(task, task.error, float(seq))

@@ -57,7 +57,7 @@ async def test_only_a_run_on_a_host_can_delegate() -> None:
         await delegate("add two numbers", domain="code")
 
 
-def test_a_model_sees_a_task_and_a_domain() -> None:
+def test_the_delegate_tool_shows_a_task_and_a_domain() -> None:
     assert delegate.name == "delegate"
     schema = delegate.definition.parameters
     assert schema["required"] == ["task"]

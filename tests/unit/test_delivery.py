@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
 from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Slots, suspect_order
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata, rfc3339
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"

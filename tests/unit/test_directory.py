@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from support.auctions import key, nodes, offer
-from support.logs import capture_logs
+from support.evidence import rewards_in
 from support.strategies import messages
 
 from loom.bus.bus import Bus
 from loom.bus.host_directory import ALIVE_S
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.transport.message import Msg
+from loom.phases.adapt.evidence import losses_in
+from loom.phases.adapt.summary_writer import summary_of
 from loom.phases.match.calls.offers import UncheckedOffer
 from loom.phases.match.directory import HostDirectory
-from loom.phases.match.partial_decoding import PartialProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.summary import ProfileSummary
 
 
 class Clock:
@@ -34,14 +35,19 @@ class Clock:
         return self.now
 
 
+def summary_with_attempts(profile: NodeProfile) -> ProfileSummary:
+    """Return the summary of a profile that names every attempt of the windows."""
+    return summary_of(profile, rewards=rewards_in(profile))
+
+
 class Changes:
-    """A bucket's reader that has one batch."""
+    """A reader of a bucket with one batch."""
 
     def __init__(self, profiles: Iterable[Any]) -> None:
-        read = [decode(encode(profile), PartialProfile) for profile in profiles]
-        self._entries = [Entry(profile.key, profile, 1) for profile in read]
+        summaries = [decode(encode(summary_with_attempts(profile)), ProfileSummary) for profile in profiles]
+        self._entries = [Entry(summary.key, summary, 1) for summary in summaries]
 
-    async def batch(self) -> list[Entry[PartialProfile]]:
+    async def batch(self) -> list[Entry[ProfileSummary]]:
         return self._entries
 
 
@@ -108,7 +114,7 @@ async def test_hosts_of_two_owners_may_share_an_id_and_stay_separate(roster: Hos
     assert (roster.awaited_hosts(), roster.host_of("n1"), roster.host_of("acme.n1")) == ({key("h1")}, key("h1"), None)
 
 
-async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begins_again(
+async def test_an_overtaken_announcement_is_ignored_until_its_host_restarts(
     roster: HostDirectory, clock: Clock
 ) -> None:
     announce(roster, "h1", "n1", seq=7)
@@ -162,7 +168,7 @@ def evidence(*scores: float, task: str = "t") -> DomainEvidence:
 
 
 @given(st.lists(messages(NodeProfile), max_size=4))
-async def test_profiles_of_adapt_are_known_with_counts_means_and_newest_score(
+async def test_profiles_of_adapt_are_known_with_counts_means_and_newest_time(
     profiles: Sequence[NodeProfile],
 ) -> None:
     roster = HostDirectory(Bus("nats://127.0.0.1:1"))
@@ -172,9 +178,18 @@ async def test_profiles_of_adapt_are_known_with_counts_means_and_newest_score(
         whole = next(profile for profile in reversed(profiles) if profile.name == node)
         assert known.last_seq == whole.last_seq
         assert known.domains == {
-            token: replace(one, scores=tuple(replace(score, by_source={}) for score in one.scores[-1:]), since=0.0)
+            token: DomainEvidence(
+                scores=(Score(attempt_id="", score=one.mean, ended_at=newest_at(one)),) if newest_at(one) else (),
+                count=one.count,
+                mean=one.mean,
+                losses=losses_in(one),
+            )
             for token, one in whole.domains.items()
         }
+
+
+def newest_at(evidence: DomainEvidence) -> float:
+    return evidence.scores[-1].ended_at if evidence.scores else 0.0
 
 
 async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None:
@@ -203,15 +218,6 @@ async def test_only_changed_domains_are_reported_and_only_their_last_change() ->
     assert reports == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
     assert roster.profiles["n1"].domains["data"] is known["data"]
     assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
-
-
-async def test_an_unreadable_profile_leaves_the_known_profile(roster: HostDirectory) -> None:
-    await learn(roster, NodeProfile(node_id="n1", last_seq=1, domains={"code": evidence(1)}))
-    with capture_logs() as logs:
-        await learn(roster, {"node_id": "n1", "last_seq": 2, "domains": {"code": {"scores": ["odd"], "count": 9}}})
-    assert [entry["event"] for entry in logs] == ["profile_undecodable"]
-    assert roster.profiles["n1"].last_seq == 1
-    assert roster.ranking.best("code", 1) == ("n1",)
 
 
 # -- what is read of offers

@@ -119,7 +119,7 @@ def test_a_success_names_the_node_that_was_awarded() -> None:
     assert result.error is None
 
 
-def test_the_best_of_refused_results_names_the_node_that_made_it() -> None:
+def test_the_best_refused_result_names_its_node() -> None:
     run = RunResult(content="so so")
     env = _envelope(
         result=run,

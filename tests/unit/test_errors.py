@@ -40,7 +40,7 @@ def test_a_code_from_the_wire_becomes_its_error_and_back(code: str) -> None:
     assert (again.message, again.task_id, again.node_id) == ("why", "t1", "n1")
 
 
-def test_a_newer_peers_code_is_kept_as_it_came() -> None:
+def test_a_newer_peers_code_is_kept_unchanged() -> None:
     error = error_for("quota_exceeded", "why")
     assert type(error) is LoomError
     assert error.code == "quota_exceeded"
@@ -72,7 +72,7 @@ def test_an_error_keeps_its_attributes_when_pickled() -> None:
     assert (str(error), error.task_id, error.partial) == ("why", "t1", "half")
 
 
-def test_the_best_refused_answer_comes_with_the_exception() -> None:
+def test_the_exception_has_the_best_refused_answer() -> None:
     best = BestRejected(content="It is Lyon.", node_id="n1")
     error = TaskError(code="deadline_exceeded", best_rejected=best).to_exception("t1")
 

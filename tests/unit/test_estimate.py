@@ -110,7 +110,7 @@ def test_every_ad_gets_a_spec_that_can_be_auctioned(description: str, domain: st
         'Here it is: {"domains": ["code"], "complexity": 0.4, "why": "x"} Hope it helps!',
     ],
 )
-def test_an_estimate_is_found_in_whatever_surrounds_it(answer: str) -> None:
+def test_an_estimate_is_found_in_surrounding_text(answer: str) -> None:
     assert read_estimate(answer) == Estimate(complexity=0.4, domains=("code",))
 
 

@@ -55,7 +55,7 @@ async def test_events_of_a_child_reach_its_parent_and_not_the_other_way() -> Non
     assert seen == ["child", "parent", "parent"]
 
 
-async def test_async_handlers_get_events_in_order_and_hold_up_nothing() -> None:
+async def test_async_handlers_get_events_in_order_and_block_nothing() -> None:
     bus, seen, may_go = EventBus(), list[str](), asyncio.Event()
 
     async def slow(event: TextDelta) -> None:

@@ -55,7 +55,7 @@ def test_a_profile_survives_the_wire(history: list[Reward]) -> None:
 
 
 @given(rewards, st.integers(0, 40))
-def test_folding_in_two_goes_or_again_from_any_point_gives_the_same(history: list[Reward], cut: int) -> None:
+def test_folding_in_two_steps_or_again_from_any_point_gives_the_same(history: list[Reward], cut: int) -> None:
     whole = folded(history)
     stored = folded(history[:cut])
     for seq, one in enumerate(history, start=1):  # a restarted replica reads the whole stream again

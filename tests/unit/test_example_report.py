@@ -33,7 +33,7 @@ def job(description: str, **inputs: str) -> RunRequest:
     return RunRequest(task_id="t", description=description, inputs=inputs)
 
 
-def test_a_document_is_read_for_its_figures_and_its_wish(report: ModuleType) -> None:
+def test_a_document_gives_its_figures_and_its_wish(report: ModuleType) -> None:
     findings = json.loads(report.read(job("Read hills.txt, please.")))
 
     assert findings["title"] == "Hill Library"
@@ -53,7 +53,7 @@ def test_only_documents_of_the_folder_are_read(report: ModuleType, file: str) ->
         report.read(job(f"Read {file}"))
 
 
-def test_the_plan_done_in_order_gives_the_report_that_is_accepted(report: ModuleType) -> None:
+def test_the_plan_in_order_gives_an_accepted_report(report: ModuleType) -> None:
     work = {"reading": report.read, "comparison": report.compare, "report": report.write}
     outputs: dict[str, str] = {}
     for part in PLAN:

@@ -41,7 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def inputs(agents: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the test's own in place of examples/inputs."""
+    """A new folder in place of examples/inputs."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     monkeypatch.setattr(sys.modules["analysis.input_files"], "INPUTS", folder.resolve())
@@ -256,7 +256,7 @@ def test_a_configured_model_gets_the_same_functions_as_tools(monkeypatch: pytest
     }
 
 
-def test_loading_from_a_copy_finds_the_inputs_beside_it(
+def test_loading_from_a_copy_finds_the_inputs_next_to_it(
     tmp_path: Path, agents: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(EXAMPLES, tmp_path / "copy")

@@ -17,7 +17,7 @@ Seen = tuple[int, str, str, bytes, dict[str, str]]
 
 
 class RecordingClient(FastClient):
-    """A client that keeps what is delivered, and never had a connection."""
+    """A client without a connection that records delivered messages."""
 
     def __init__(self) -> None:
         self.messages: list[Seen] = []
@@ -39,7 +39,7 @@ def line(message: Seen) -> bytes:
 
 
 @given(st.lists(MESSAGE, max_size=8), st.lists(st.integers(0, 400), max_size=12))
-async def test_messages_are_read_alike_however_they_are_cut(messages: list[Seen], cuts: list[int]) -> None:
+async def test_messages_are_parsed_alike_in_any_pieces(messages: list[Seen], cuts: list[int]) -> None:
     stream = b"+OK\r\n".join(line(message) for message in messages)
     client = RecordingClient()
     parser = FastParser(client)

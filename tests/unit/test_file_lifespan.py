@@ -17,7 +17,7 @@ FILE = Path("agents.py")
 
 
 async def seen(make: Callable[[list[str]], Any]) -> list[str]:
-    """What happens, in order, around a body."""
+    """Return the events around a body, in order."""
     steps: list[str] = []
     async with entered(lifespan_of(make(steps)), FILE):
         steps.append("body")
@@ -148,7 +148,7 @@ nodes = [AgentNode(id="n1", agent=lambda text: text)]
 """
 
 
-def test_a_file_defines_its_lifespan_beside_its_nodes(tmp_path: Path) -> None:
+def test_a_file_defines_its_lifespan_next_to_its_nodes(tmp_path: Path) -> None:
     script = tmp_path / "agents.py"
     script.write_text(f"{NODES}\nasync def lifespan():\n    yield\n")
     loaded = load_node_file(script)

@@ -31,7 +31,7 @@ OBJECTS = [
 def sprinkled(value: Any, null: Any) -> tuple[Any, Any]:
     """A message as plain JSON with nulls for some of its fields, and the same without these fields.
 
-    The objects decide what is a message; what is a plain dictionary or list may be free JSON.
+    The objects decide which values are messages; plain dictionaries and lists may be free JSON.
     """
     if isinstance(value, tuple):
         pairs = [sprinkled(one, null) for one in value]
@@ -114,7 +114,7 @@ def test_a_null_among_outputs_stays_and_is_refused() -> None:
         (b'\xef\xbb\xbf{"description": 7}', "$.description"),
     ],
 )
-def test_an_error_names_the_path_where_something_else_was_forgiven(raw: bytes, named: str) -> None:
+def test_an_error_has_its_path_after_lenient_decoding_elsewhere(raw: bytes, named: str) -> None:
     with pytest.raises(Undecodable) as caught:
         decode(raw, TaskAd)
     assert named in caught.value.message

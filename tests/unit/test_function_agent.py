@@ -271,7 +271,7 @@ async def test_a_result_counts_the_tools_that_failed() -> None:
         (None, "yes", "yes"),
     ],
 )
-async def test_a_bare_text_becomes_a_json_string_where_a_string_is_wanted(
+async def test_a_bare_text_becomes_a_json_string_for_a_string_schema(
     schema: dict[str, Any] | None, text: str, content: str
 ) -> None:
     async def pieces(_: str) -> AsyncIterator[str]:

@@ -51,7 +51,7 @@ async def test_an_exception_that_would_end_the_process_fails_the_request_alone(e
         await complete(Scripted([error]))
 
 
-async def test_an_exception_comes_out_as_it_is() -> None:
+async def test_an_exception_passes_unchanged() -> None:
     with pytest.raises(OSError, match="gone"):
         await complete(Scripted([OSError("gone")]))
 

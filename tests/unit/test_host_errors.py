@@ -26,7 +26,7 @@ def code(claimed: str, known: RunFacts) -> str:
 
 
 @given(codes, facts)
-def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, known: RunFacts) -> None:
+def test_a_code_is_accepted_only_with_a_confirming_fact(claimed: str, known: RunFacts) -> None:
     found = code(claimed, known)
     assert found in (claimed, "agent_failed")
     if found == "budget_exceeded":

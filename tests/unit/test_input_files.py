@@ -21,7 +21,7 @@ nodes = [AgentNode(id="shouter", capabilities=CapabilityProfile(scores={"loud": 
 
 @pytest.fixture(autouse=True)
 def _import_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a file changes what can be imported: undone after each test."""
+    """Undo the changes of a loaded file to the importable modules after each test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "modules", {**sys.modules})
 
@@ -36,7 +36,7 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "agents.py"
 
 
-def test_tasks_come_in_the_order_of_their_lines_and_empty_lines_count_for_nothing(file: Path) -> None:
+def test_tasks_have_the_order_of_their_lines_and_empty_lines_are_skipped(file: Path) -> None:
     file.write_bytes(
         b'\xef\xbb\xbf{"task_id": "one", "description": "a"}\r\n\n  \n{"description": "b", "domain": "\xe4\xbb\xa3"}'
     )
@@ -81,7 +81,7 @@ def test_a_missing_file_of_tasks_is_named(file: Path) -> None:
         load_tasks(file)
 
 
-def test_nodes_come_as_the_file_lists_them(script: Path) -> None:
+def test_nodes_have_the_order_of_the_file(script: Path) -> None:
     script.write_text(NODES)
 
     (node,) = load_node_file(script).nodes

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.wait import until
 
-from loom.bus.isolation import SharedExclusiveLock
+from loom.bus.hops.isolation import SharedExclusiveLock
 
 
 class Visitors:
@@ -53,7 +53,7 @@ class Visitors:
 
 
 async def settled() -> None:
-    """Let everything that can run, run."""
+    """Run the event loop until no task is ready."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -115,7 +115,7 @@ async def test_suspects_go_in_order_of_arrival() -> None:
         assert guests.entered == list("abcde")
 
 
-async def test_a_suspect_that_comes_as_the_gate_falls_free_does_not_jump_the_queue() -> None:
+async def test_a_suspect_that_arrives_at_a_free_gate_does_not_jump_the_queue() -> None:
     gate = SharedExclusiveLock()
     order: list[str] = []
 
@@ -161,7 +161,7 @@ async def test_a_cancelled_wait_leaves_the_gate_usable() -> None:
         assert guests.inside == ["d"]
 
 
-async def test_a_turn_that_comes_together_with_the_cancellation_is_passed_on() -> None:
+async def test_a_grant_that_coincides_with_a_cancellation_passes_to_the_next_waiter() -> None:
     gate = SharedExclusiveLock()
     await gate.acquire(exclusive=True)
     waiting = asyncio.create_task(gate.acquire(exclusive=True))

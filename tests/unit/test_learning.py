@@ -87,7 +87,7 @@ def test_sixty_failures_in_a_row_do_not_all_go_to_one_node() -> None:
     assert max(had.values()) <= 20
 
 
-def test_a_node_that_fails_loses_its_share_within_tens_of_tasks_whatever_it_claims() -> None:
+def test_a_failing_node_loses_its_share_within_tens_of_tasks_despite_its_claims() -> None:
     bids = {"failing": Bid(node_id="failing", self_rating=1.0), "good": Bid(node_id="good", self_rating=0.5)}
     winners = awarded(100, bids, lambda _number, winner: float(winner == "good"))
 
@@ -150,7 +150,7 @@ def test_an_idle_novice_is_tried_a_few_times_and_then_leaves_the_work_to_a_bette
 # -- the benchmark's own figures
 
 
-def test_a_world_is_the_same_for_the_same_seed_and_specialists_drop_silently() -> None:
+def test_a_world_is_the_same_for_the_same_random_seed_and_specialists_drop_silently() -> None:
     world, again = (World(7, Setting(drop=0.45, tasks=300)) for _ in range(2))
     specialist = world.specialists[2]
 

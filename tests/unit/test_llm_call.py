@@ -117,7 +117,7 @@ async def test_a_model_without_an_answer_gets_one_request(error: BaseException) 
     assert "sk-1" not in answer.why
 
 
-async def test_an_exception_that_raises_when_it_is_looked_at_is_a_failure_like_any_other() -> None:
+async def test_an_exception_with_a_raising_str_is_a_failure_like_any_other() -> None:
     class Evil(Exception):
         @property
         def status_code(self) -> int:
@@ -127,7 +127,7 @@ async def test_an_exception_that_raises_when_it_is_looked_at_is_a_failure_like_a
     assert (answer.value, answer.why) == (None, "Evil")
 
 
-async def test_a_mistake_goes_along_with_the_second_question() -> None:
+async def test_the_second_request_contains_the_mistake() -> None:
     model = Model("seven", "7")
     await put(model, repair=lambda answer, error: (UserMessage(f"{answer}: {error.message}"),))
     assert [message.content for message in model.asked[1].messages] == ["four", "seven: not a number"]

@@ -75,7 +75,7 @@ def test_captured_lines_are_facts_and_the_output_before_is_back_afterwards() -> 
     assert is_default()
 
 
-def test_a_process_without_standard_error_logs_nothing_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_standard_error_logs_nothing_and_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     log_output.configure("info")
     get_logger().error("bus_closed")

@@ -89,7 +89,7 @@ RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"
 
 
 def through(sieve: MessageFilter, *traffic: TappedMessage) -> list[int]:
-    """Which of the messages pass."""
+    """Return the indexes of the messages that pass."""
     return [index for index, message in enumerate(traffic) if sieve.passes(message)]
 
 

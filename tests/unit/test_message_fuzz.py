@@ -22,7 +22,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.calibration_writer import recalibrated
-from loom.phases.adapt.evidence import apply_reward, is_dated_ahead, summary
+from loom.phases.adapt.evidence import apply_reward, newest_time, summary
 from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited_rewards
 from loom.phases.evaluate import retry_policy as evaluate
 from loom.phases.evaluate import rewards
@@ -30,7 +30,7 @@ from loom.phases.execute.delegation import delegated_envelope, result_for_run
 from loom.phases.execute.run_messages import error_of, request_for, with_result
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.calls.offers import OfferReader
-from loom.phases.match.partial_decoding import PartialProfile, decode_scores, to_profile
+from loom.phases.match.partial_decoding import to_profile
 from loom.phases.match.ranked_bids import Awarded, decide
 from loom.phases.match.scoring import AuctionContext
 from loom.phases.scale import planner, subtask_graph
@@ -58,6 +58,7 @@ from loom.schemas.learning.lease import Lease
 from loom.schemas.learning.lifecycle import Lifecycle
 from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.learning.reward import Reward
+from loom.schemas.learning.summary import ProfileSummary
 from loom.schemas.plan import SplitPlan, Subtask, parse_plan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
@@ -121,7 +122,7 @@ class Forger:
         return text.encode()
 
     def made(self, shape: Any, read: Callable[[bytes], Any] | None = None) -> Any:
-        """Return a message that can be read; None when none came up."""
+        """Return a decodable message, or None without one."""
         for _ in range(8):
             try:
                 return (read or (lambda raw: decode(raw, shape)))(self.body(shape))
@@ -198,11 +199,8 @@ def auctions(forger: Forger) -> None:
     envelope, reader = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
     reads = [partial(reader.read, HostKey("local", f"h{number}")) for number in range(3)]
     offers = [offer for read in reads if (offer := forger.made(Offer, read)) is not None]
-    profile = forger.made(PartialProfile)
-    profiles = {}
-    if profile is not None:
-        scores_by_domain = {domain_token: decode_scores(evidence) for domain_token, evidence in profile.domains.items()}
-        profiles = {profile.node: to_profile(profile, scores_by_domain, None)}
+    summary = forger.made(ProfileSummary)
+    profiles = {} if summary is None else {summary.name: to_profile(summary, (), None)}
     if envelope is None or envelope.spec is None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
@@ -229,7 +227,7 @@ def learning(forger: Forger) -> None:
         if reward is not None:
             profile = apply_reward(profile, reward, seq, forget=True)
             calibration = recalibrated(calibration, reward, seq)
-    is_dated_ahead(profile, 1e9)
+    newest_time(profile)
     decode(encode(calibration), Calibration)
     for one in (profile, summary(profile)):
         decode(encode(one), NodeProfile)
@@ -285,7 +283,7 @@ def hosts(forger: Forger) -> None:
 
 
 class Ack(msgspec.Struct):
-    """What a server answers to a stored message."""
+    """The answer of a server to a stored message."""
 
     stream: str = ""
     seq: int = 0
@@ -317,7 +315,7 @@ def test_any_message_leads_to_loom_errors_only(target: Callable[[Forger], None],
 
 
 @pytest.mark.parametrize("count", [0, 1, 2**53 - 1])
-def test_a_stored_profile_whose_counts_do_not_fit_its_scores_goes_on_learning(count: int) -> None:
+def test_a_stored_profile_with_inconsistent_counts_continues_to_learn(count: int) -> None:
     scores = [[f"t{n}:1", 1.0, float(n)] for n in range(4)]
     stored = {"node_id": "n", "domains": {"code": {"scores": scores, "count": count, "mean": 1.0}}}
     reward = Reward(

@@ -17,7 +17,7 @@ SENTENCE = "no node rates itself in 'sael'; did you mean 'sales'?"
 
 
 def known(*nodes: AgentNode | SpawnedNode | AnnouncedNode) -> AnnouncedNodes:
-    """The nodes that one host has announced."""
+    """The announced nodes of one host."""
     there = AnnouncedNodes()
     shapes = tuple(one if isinstance(one, AnnouncedNode) else announced_node(one, 4) for one in nodes)
     there.update(announced("h1", nodes=shapes))
@@ -74,7 +74,7 @@ def test_nodes_without_domains_and_no_nodes_cause_no_warning() -> None:
     assert warned(node("n1", echo)) == warned() == ""
 
 
-def test_a_node_started_for_a_domain_names_it_beside_its_templates() -> None:
+def test_a_node_started_for_a_domain_names_it_and_the_domains_of_its_template() -> None:
     child = SpawnedNode("n1-c1", node("n1", echo, sales=0.9), "law")
     assert warned(child, domain="law") == ""
     assert warned(child) == SENTENCE
@@ -86,7 +86,7 @@ def test_an_ad_without_a_domain_or_with_the_warning_gets_no_new_warning() -> Non
     assert warned(rated, warnings=(SENTENCE,)) == ""
 
 
-def test_a_domain_is_shown_as_most_of_its_nodes_word_it_and_forgotten_with_its_hosts() -> None:
+def test_a_domain_has_its_most_common_spelling_and_is_dropped_with_its_hosts() -> None:
     there = AnnouncedNodes()
     for number, domain in enumerate(("Sales", "sales", "sales")):
         nodes = (AnnouncedNode(node_id="n", domains=(AnnouncedDomain(domain=domain),)),)

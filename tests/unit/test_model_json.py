@@ -41,7 +41,7 @@ GOOD = '{"score": 0.5, "reason": "a"}'
         f'{{"broken": {GOOD}',
     ],
 )
-def test_the_value_is_found_whatever_stands_around_it(text: str) -> None:
+def test_the_value_is_found_in_any_surrounding_text(text: str) -> None:
     assert read_model_json(text, Verdict) == Verdict(score=0.5, reason="a")
 
 

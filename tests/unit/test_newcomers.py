@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from support.builders import ad, envelope
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES
-from loom.phases.match.newcomers import Newcomers
+from loom.phases.match.newcomers import WEIGHED_FOR_S, Newcomers
 from loom.phases.match.ranked_bids import award
 from loom.phases.match.scoring import AuctionContext, score
 from loom.schemas.auction import Award, Bid
@@ -112,7 +113,7 @@ def test_failing_names_with_late_judgements_win_the_share_of_one(
 
 
 def test_among_the_nodes_of_one_owner_each_has_its_own_chance() -> None:
-    """Names are an advantage over other owners only: a cluster of one named owner learns as one of `local` does."""
+    """Names are an advantage over other owners only: a cluster of one named owner learns like one of `local`."""
 
     def picks(owner: str) -> float:
         luck = {"a": 0.9, "b": 0.4, "c": 0.2}
@@ -212,20 +213,46 @@ steps = st.lists(
 def test_after_any_changes_the_newcomers_are_those_of_the_last_profiles(
     changes: list[tuple[str, dict[str, float | None]]],
 ) -> None:
-    newcomers, last = Newcomers(), {}
+    newcomers, last = Newcomers(), dict[str, dict[str, DomainEvidence]]()
     for node, means in changes:
         last[node] = {
             token: DomainEvidence() if mean is None else DomainEvidence(count=3, mean=mean)
             for token, mean in means.items()
         }
         newcomers.update(node, last[node])
-    for owner in ("acme", "beta", "local"):
-        for token in ("code", "data"):
-            expected = {
-                node: domains[token]
+        for owner, token in product(("acme", "beta", "local"), ("code", "data")):
+            expected = [
+                domains[token]
                 for node, domains in last.items()
                 if node.startswith(f"{owner}.") and token in domains and domains[token].count
                 if domains[token].mean < 0.5
-            }
-            assert dict(newcomers.evidence_of_owner(owner, token)) == expected
-    assert all(newcomers._groups.values()), "an empty group is forgotten"
+            ]
+            shared = newcomers.shared_evidence(owner, token, 2, lambda evidence: 0.5 + evidence.mean, 1.0)
+            attempts = [3 * (0.5 + evidence.mean) for evidence in expected]
+            rewards = sum(share * evidence.mean for share, evidence in zip(attempts, expected, strict=True))
+            assert shared.attempts == pytest.approx(sum(attempts), abs=1e-9)
+            assert shared.mean == pytest.approx(rewards / sum(attempts) if expected else 0.0, abs=1e-9)
+            assert (shared.pending, shared.rewarded) == (2, 3 * len(expected))
+    assert all(group.evidence for group in newcomers._groups.values()), "an empty group is forgotten"
+
+
+def test_an_auction_weighs_only_newcomers_whose_evidence_has_changed() -> None:
+    newcomers, weighed = Newcomers(), list[float]()
+
+    def weight(evidence: DomainEvidence) -> float:
+        weighed.append(evidence.mean)
+        return 1.0
+
+    def auctions(at: float, count: int) -> None:
+        for _ in range(count):
+            newcomers.shared_evidence("acme", "code", 0, weight, at)
+
+    for number in range(1000):
+        newcomers.update(f"acme.n{number}", {"code": DomainEvidence(count=1, mean=0.25)})
+    auctions(100.0, 50)
+    assert len(weighed) == 1000
+    newcomers.update("acme.n7", {"code": DomainEvidence(count=2, mean=0.4)})
+    auctions(101.0, 50)
+    assert weighed[1000:] == [0.4]
+    auctions(100.0 + WEIGHED_FOR_S, 50)
+    assert len(weighed) == 2001, "evidence fades"

@@ -157,7 +157,7 @@ def test_made_up_hosts_that_offer_are_bounded_and_a_new_host_finds_a_place() -> 
     assert hosts.last_seen_at(key("new")) is not None
 
 
-def test_hosts_that_come_and_go_are_forgotten() -> None:
+def test_silent_hosts_are_dropped() -> None:
     clock = Clock()
     gone: list[HostKey] = []
     hosts = HostPresence(clock, 100, gone.append)

@@ -39,6 +39,12 @@ def reports(env: Envelope, **facts: float) -> list[PhaseEvent]:
 def test_a_running_task_shows_the_decisions_before_its_run() -> None:
     env = with_hops(awarded(envelope(now=0)), "sense", "match")
 
+    assert [event.name for event in reports(env, ended=False)] == ["sense", "match", "scale"]
+
+
+def test_a_task_without_an_award_reports_no_scale() -> None:
+    env = with_hops(envelope(now=0), "sense", "match")
+
     assert [event.name for event in reports(env, ended=False)] == ["sense", "match"]
 
 
@@ -70,11 +76,11 @@ def test_hops_belong_to_the_attempts_that_evaluate_began() -> None:
     )
 
     assert [(event.name, event.attempt) for event in reports(env)] == [
-        *(("sense", 1), ("match", 1), ("execute", 1), ("evaluate", 1)),
-        *(("match", 2), ("execute", 2), ("evaluate", 2)),
-        *(("match", 3), ("execute", 3), ("evaluate", 3)),
+        *(("sense", 1), ("match", 1), ("scale", 1), ("execute", 1), ("evaluate", 1)),
+        *(("match", 2), ("scale", 2), ("execute", 2), ("evaluate", 2)),
+        *(("match", 3), ("scale", 3), ("execute", 3), ("evaluate", 3)),
     ]
-    match, execute, evaluate = [event for event in reports(env) if event.attempt == 2]
+    match, _, execute, evaluate = [event for event in reports(env) if event.attempt == 2]
     assert match.node_id == execute.node_id == evaluate.node_id == "b"
     assert (execute.error, execute.tokens, evaluate.reward) == ("node_lost", 5, 0.0)
     assert {event.node_id for event in reports(env) if event.attempt == 1} == {None}
@@ -98,7 +104,7 @@ def test_a_phase_that_had_the_task_twice_in_an_attempt_is_reported_once() -> Non
 
 
 class Watched:
-    """A handle whose record is given, or cannot be read."""
+    """A handle with a given or an unreadable record."""
 
     task_id = "t"
 
@@ -128,10 +134,10 @@ async def test_an_attempt_is_read_until_its_claim_is_stored_and_then_no_more() -
     second = (*first, "execute", "evaluate", "match")
     news, handle = watching(running(1, *first), running(1, *first), running(2, *second))
 
-    assert [event.name for event in await news.of_attempt(1)] == ["sense", "match"]
+    assert [event.name for event in await news.of_attempt(1)] == ["sense", "match", "scale"]
     assert await news.of_attempt(1) == []
     assert await news.of_attempt(2) == []
-    assert [event.name for event in await news.of_attempt(2)] == ["execute", "evaluate", "match"]
+    assert [event.name for event in await news.of_attempt(2)] == ["execute", "evaluate", "match", "scale"]
     assert await news.of_attempt(2) == []
     assert handle.reads == 3
 
@@ -150,7 +156,7 @@ async def test_a_record_that_cannot_be_read_holds_up_the_progress_of_an_attempt_
     assert [await news.of_attempt(1) for _ in range(3)] == [[]] * 3
     assert handle.reads == 1
 
-    assert [event.attempt for event in await news.of_attempt(2)] == [1, 1, 1, 1, 2]
+    assert [event.attempt for event in await news.of_attempt(2)] == [1, 1, 1, 1, 1, 2, 2]
     assert handle.reads == 2
 
 

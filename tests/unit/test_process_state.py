@@ -17,11 +17,11 @@ from loom.runner import log_output
 
 
 class Policy(asyncio.DefaultEventLoopPolicy):
-    """A policy that no test asks for."""
+    """A policy that no test uses."""
 
 
 def state() -> dict[str, object]:
-    """Return what a test may find changed."""
+    """Return the state that tests may change."""
     root, ours = logging.getLogger(), logging.getLogger("loom")
     return {
         "structlog is configured": structlog.is_configured(),

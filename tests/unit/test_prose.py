@@ -1,4 +1,4 @@
-"""The prose of source and pages: words that a stranger understands, and sentences of a bearable length.
+"""The prose of source and pages: plain words, and sentences of a bounded length.
 
 Run as a script, with tests/ on PYTHONPATH, this file lists what breaks the rules: `python tests/unit/test_prose.py
 [FILE]…`.
@@ -37,7 +37,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!.]*.md")))
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a folder has, or may have, of what the rules forbid."""
+    """The amounts of forbidden prose that a folder has or may have."""
 
     dialect: float = 0.5
     """Words of dialect per 1,000 words."""
@@ -95,7 +95,7 @@ def measured(passages: list[Passage]) -> Limits:
 
 @pytest.mark.parametrize("folder", [*SOURCE, "pages"])
 def test_words_of_dialect_are_rare(folder: str) -> None:
-    """Plain words are searchable and translatable: name the subject, and say what happens on the machine."""
+    """Plain words are searchable and translatable: sentences name their subject, and describe the machine."""
     passages = passages_of(folder)
     limit = LIMITS.dialect
 

@@ -171,7 +171,7 @@ async def test_content_in_parts_is_text(parts: Any, text: str, reasoning: str, s
     ("arguments", "taken"),
     [({"a": 5}, '{"a": 5}'), ("null", "{}"), (None, ""), ("", ""), (json.dumps('{"a": 5}'), '{"a": 5}'), ([1], "[1]")],
 )
-async def test_arguments_are_taken_in_any_form(arguments: Any, taken: str, stream: bool) -> None:
+async def test_arguments_are_accepted_in_any_form(arguments: Any, taken: str, stream: bool) -> None:
     calls = {"tool_calls": [{"index": 0, "id": "x", "function": {"name": "add", "arguments": arguments}}]}
     whole = Reply(body=message_body(calls, "tool_calls"))
     async with serving(Reply(events=(delta_event(calls), END)) if stream else whole) as (_, provider):
@@ -332,7 +332,7 @@ def test_any_json_of_a_server_is_read_or_refused(events: list[Any], ended: bool,
 
 @settings(max_examples=30)
 @given(event=EVENT)
-async def test_only_errors_of_loom_leave_the_provider(event: Any) -> None:
+async def test_the_provider_raises_only_errors_of_loom(event: Any) -> None:
     reply = Reply(events=(json.dumps(event).replace("\n", ""),), done=True)
     async with serving(reply) as (_, provider):
         for ask in (streamed(provider), provider.complete(ASK)):

@@ -138,7 +138,7 @@ crowds = st.lists(states, max_size=9, unique_by=lambda one: one.node_id).map(lam
 
 
 @given(st.lists(crowds, max_size=3), st.integers(0, 12), st.integers(0, 2))
-def test_however_they_fare_enough_stay_and_only_children_go(
+def test_min_nodes_stay_and_only_children_retire_for_any_records(
     hosts: list[AnnouncedHost], min_nodes: int, losers: int
 ) -> None:
     hosts = [replace(one, host_id=f"h{n}") for n, one in enumerate(hosts)]
@@ -155,7 +155,7 @@ def test_however_they_fare_enough_stay_and_only_children_go(
 # -- who inherits
 
 
-def test_the_idle_node_it_complements_most_inherits() -> None:
+def test_the_most_complementary_idle_node_inherits() -> None:
     known = profiles(profile("a-c1", code=[0.9]), profile("b", code=[0.2]), profile("c", code=[0.8]))
     crowd = host(child(retiring=True), nodes=("b", "c"))
     assert heir(known["local.a-c1"], [crowd], known) == "b"

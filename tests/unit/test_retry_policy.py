@@ -44,7 +44,7 @@ def accepting(*texts: str, best_effort: bool = False) -> Envelope:
 
 
 def shown(end: Any) -> TaskResult:
-    """What a submitter gets of that end."""
+    """Return the result that a submitter gets."""
     record = succeeded(
         end.envelope, state=end.state, score=end.score, below_threshold=end.below_threshold, rejected=end.rejected
     )
@@ -122,7 +122,7 @@ def test_pauses_are_bounded() -> None:
     assert decision.delay_s == MAX_RETRY_DELAY_S
 
 
-def test_a_failed_attempt_is_remembered_with_its_reason() -> None:
+def test_a_failed_attempt_is_recorded_with_its_reason() -> None:
     raised = TaskError(code="agent_failed", message="x" * 2000)
     decision = decided(replace(env("half an answer", attempt=4), error=raised))
     assert isinstance(decision, Retry)
@@ -338,7 +338,7 @@ def test_failed_tool_calls_cost_reliability_only() -> None:
 
 
 @pytest.mark.parametrize("code", sorted(BY_CODE))
-def test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise(code: str) -> None:
+def test_a_failure_scores_zero_if_the_node_is_at_fault_and_otherwise_gives_no_reward(code: str) -> None:
     message = env("refused" if code == "rejected_result" else None, code)
     reward = reward_for(message, message.error, 50.0)
     assert (reward is not None) is (code in COUNTED | {"deadline_exceeded"})
@@ -453,7 +453,7 @@ def test_of_refused_answers_the_best_is_shown_in_the_end(score: float, kept: str
     assert (error.best_rejected.content, error.best_rejected.score) == (kept, max(score, 0.4))
 
 
-def test_a_node_that_failed_earns_nothing_whatever_was_thought_of_it() -> None:
+def test_a_failed_node_scores_zero_despite_any_opinion() -> None:
     failed = TaskError(code="agent_failed")
     earned = reward_for(replace(judged_as(0.9), error=failed), failed, 5.0)
     assert earned is not None
@@ -504,7 +504,7 @@ def test_a_rubric_that_was_not_checked_earns_nothing() -> None:
     assert implied_rewards(record(decision.envelope, ended_at=9.0)) == ()
 
 
-def test_a_failure_earns_nought_whether_or_not_its_rubric_could_be_checked() -> None:
+def test_a_failure_scores_zero_with_an_unchecked_rubric() -> None:
     failed = TaskError(code="agent_failed")
     reward = reward_for(replace(unjudged("be complete"), error=failed), failed, 5.0)
     assert reward is not None
@@ -521,17 +521,16 @@ def test_the_next_attempt_is_judged_again_and_keeps_the_warnings() -> None:
 # -- a node's word that the ad is invalid
 
 
-def invalid(node_id: str = "n1", *said_before: str, **facts: Any) -> Envelope:
+def invalid(node_id: str = "n1", *earlier: str, **facts: Any) -> Envelope:
     tried = tuple(
-        FailedAttempt(attempt=n, node_id=name, host_id="h", code="invalid_task")
-        for n, name in enumerate(said_before, 1)
+        FailedAttempt(attempt=n, node_id=name, host_id="h", code="invalid_task") for n, name in enumerate(earlier, 1)
     )
     word = TaskError(code="invalid_task", message="no such file", field="context", node_id=node_id)
     message = env(attempt=len(tried) + 1, failures=len(tried), failed_attempts=tried, **facts)
     return replace(awarded(message, node_id), error=word)
 
 
-def test_one_nodes_word_sends_the_task_elsewhere_counted_and_without_a_reward() -> None:
+def test_one_invalid_task_error_retries_elsewhere_counted_and_without_a_reward() -> None:
     decision = decided(invalid())
     assert isinstance(decision, Retry)
     back = decision.envelope
@@ -540,7 +539,7 @@ def test_one_nodes_word_sends_the_task_elsewhere_counted_and_without_a_reward() 
     assert reward_for(invalid(), back.last_error, 5.0) is None
 
 
-def test_a_second_nodes_word_ends_it() -> None:
+def test_a_second_nodes_invalid_task_error_ends_the_task() -> None:
     decision = decided(invalid("n2", "n1"))
     assert isinstance(decision, Finish)
     assert decision.state == "failed"
@@ -586,7 +585,7 @@ def succeeded(message: Envelope, **facts: Any) -> TaskRecord:
     return TaskRecord(task_id="t1", envelope=message, admitted_at=0, ended_at=9.0, **{"state": "succeeded", **facts})
 
 
-def test_a_success_elsewhere_refutes_the_word_once_and_for_all() -> None:
+def test_a_success_elsewhere_refutes_the_invalid_task_error_once() -> None:
     tried = (
         FailedAttempt(attempt=1, node_id="n1", host_id="h", code="invalid_task", tokens=7, duration_s=2.0),
         FailedAttempt(attempt=2, node_id="n2", host_id="h", code="agent_failed"),
@@ -619,14 +618,14 @@ def test_a_failed_node_is_excluded_counted_and_rewarded_with_its_owner() -> None
     assert again.excluded == ("acme.n1", "n1"), "a node of that name and another owner is another node"
 
 
-def test_the_second_word_that_an_ad_is_invalid_may_be_of_a_node_of_the_same_name() -> None:
-    said_before = invalid("n1", "n1")
-    assert isinstance(decided(said_before), Retry)
-    other = replace(awarded(said_before, owner="acme"), error=said_before.error)
+def test_the_second_invalid_task_error_may_come_from_another_owners_node_of_this_name() -> None:
+    earlier = invalid("n1", "n1")
+    assert isinstance(decided(earlier), Retry)
+    other = replace(awarded(earlier, owner="acme"), error=earlier.error)
     assert isinstance(decided(other), Finish)
 
 
-def test_a_refuted_word_costs_the_node_of_that_owner() -> None:
+def test_a_refuted_invalid_task_error_costs_the_node_of_that_owner() -> None:
     tried = FailedAttempt(attempt=1, node_id="n1", owner="acme", host_id="h", code="invalid_task")
     _, refuted = implied_rewards(succeeded(awarded(env("42", attempt=2, failed_attempts=(tried,)), "n1")))
     assert (refuted.node, refuted.source, refuted.score) == ("acme.n1", "rules", 0.0)

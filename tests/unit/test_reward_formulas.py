@@ -59,7 +59,7 @@ def test_a_success_earns_more_than_any_failure_and_at_most_85(cost: int, budget:
     assert bus.compute_reward(signal) == signal.total
 
 
-def test_the_seeds_signal_is_summed_alike() -> None:
+def test_the_signal_of_the_old_library_has_the_same_sum() -> None:
     assert bus.compute_reward(RewardSignal(quality=1, efficiency=0.5, reliability=1)) == pytest.approx(0.85)
 
 

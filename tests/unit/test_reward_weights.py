@@ -159,7 +159,7 @@ def test_a_redelivered_reward_changes_nothing(history: list[tuple[str, str, floa
 
 @given(words, st.randoms())
 def test_windows_do_not_depend_on_which_judge_is_read_first(history: list[tuple[str, str, float]], random: Any) -> None:
-    """Each one's own words stay in their order."""
+    """The scores of each source stay in order."""
     queues: dict[str, list[Reward]] = {}
     for one in rewards_of(history):
         queues.setdefault(one.source, []).append(one)

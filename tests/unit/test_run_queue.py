@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from loom.agents.host.run_table import FINISHED_S, FinishedRuns
 from loom.agents.host.runs import Run
-from loom.agents.host.slots import RunQueue
+from loom.agents.host.slots import RunQueue, RunQueues
 from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.phases.execute.timings import HEARTBEAT_S, ExecuteTimings
-from loom.phases.match import presence
+from loom.phases.match.calls import presence
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
 from loom.schemas.task import PRIORITIES, Priority, RunResult
@@ -69,6 +69,40 @@ def test_a_cancelled_run_leaves_the_backlog_at_once(run: Callable[..., Run]) -> 
     assert (room.queued, room.full) == (1, False)
     room.running.clear()
     assert room.start_next() is second
+
+
+def test_each_change_of_the_load_is_reported(run: Callable[..., Run]) -> None:
+    reported: list[float] = []
+    room = RunQueue(1, 9, lambda: reported.append(room.load))
+    first, second = run(), run()
+    room.enqueue(first)
+    assert room.start_next() is first
+    first.work = cast("Any", "a task")
+    room.enqueue(second)
+    before = room.load
+    room.suspend(first)
+    assert reported[-1] == room.load < before
+    room.resume(first)
+    assert reported[-1] == room.load == before
+    room.remove(second)
+    assert reported[-1] == room.load < before
+    room.remove(first)
+    assert reported[-1] == room.load == 0
+
+
+def test_the_nodes_whose_load_has_changed_are_known_since_any_change(run: Callable[..., Run]) -> None:
+    queues = RunQueues(1, 9)
+    for name in ("a", "b", "c", "a"):
+        queues.get_or_create(name).enqueue(run())
+    assert [queues.changed_since(seen) for seen in range(5)] == [
+        ["a", "c", "b"],
+        ["a", "c", "b"],
+        ["a", "c"],
+        ["a"],
+        [],
+    ]
+    queues.remove("a")
+    assert queues.changed_since(1) == ["c", "b"]
 
 
 def test_an_idle_room_has_no_load_and_is_not_full() -> None:

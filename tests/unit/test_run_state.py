@@ -107,7 +107,7 @@ def test_a_task_is_followed_through_its_phases() -> None:
     assert {key: award.node_id for key, award in state.awards.items()} == {("one", 1): "coder", ("one", 2): "other"}
 
 
-def test_late_messages_and_other_peoples_tasks_change_nothing() -> None:
+def test_late_messages_and_foreign_tasks_change_nothing() -> None:
     state = board("one", "two")
     state.see(hop("execute", node="coder", attempt=2))
     state.see(hop("execute", name="two", node="coder"))

@@ -69,7 +69,7 @@ def test_the_rule_reads_no_settings() -> None:
 def test_copies_of_one_message_are_decided_alike_after_different_routes(
     attempt: int, backlog: int, excluded: list[str]
 ) -> None:
-    """What differs between copies that took different ways does not rule whether the task is divided."""
+    """Fields that differ between copies on different routes do not decide about the division."""
     other = replace(
         task(), attempt=attempt, award=replace(AWARD, node_id="n9", backlog=backlog), excluded=tuple(excluded), step=7
     )

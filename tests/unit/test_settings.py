@@ -201,7 +201,7 @@ def rows_of(shape: type[msgspec.Struct], prefix: str) -> Iterator[str]:
 
 
 def values(hint: object) -> str:
-    """What a variable may hold, from the field's type."""
+    """Return the allowed values of a variable, from the field's type."""
     return values_of(msgspec.inspect.type_info(hint))
 
 

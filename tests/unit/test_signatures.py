@@ -136,7 +136,7 @@ class Named(Protocol):
 
 
 class OwnJob(Job, frozen=True, kw_only=True):
-    """A user's own class of jobs."""
+    """A job class of a user."""
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ async def test_a_function_may_yield_events_among_its_text() -> None:
         ((Done(content="all of it"),), "all of it"),
     ],
 )
-async def test_a_done_has_the_last_word_over_the_text_of_a_function(items: tuple[Any, ...], content: str) -> None:
+async def test_a_done_event_overrides_the_text_of_a_function(items: tuple[Any, ...], content: str) -> None:
     def pieces(text: str) -> Iterator[Any]:
         yield from items
 

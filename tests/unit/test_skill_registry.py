@@ -70,7 +70,7 @@ def test_a_match_below_the_minimum_is_none() -> None:
     assert match("sort", Skill(name="no trigger", priority=1)) is None
 
 
-def test_match_all_wants_every_keyword() -> None:
+def test_match_all_requires_every_keyword() -> None:
     both = keyword("a", "sort", "list", priority=1, match_all=True)
 
     assert match("sort", both) is None

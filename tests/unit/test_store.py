@@ -74,7 +74,7 @@ def test_a_locked_store_is_refused_with_the_process_and_the_address_of_its_serve
         check_unused(store)
 
 
-def test_a_lock_that_a_killed_process_left_locks_nothing(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     holder.kill()
     holder.wait()
 
@@ -141,7 +141,7 @@ def test_a_temporary_store_goes_with_its_owner_and_not_with_a_forked_child() -> 
     assert not folder.exists()
 
 
-def test_each_start_logs_where_things_are_kept(tmp_path: Path) -> None:
+def test_each_start_logs_the_folder_of_the_store(tmp_path: Path) -> None:
     with capture_logs() as logs:
         log_store(tmp_path)
         log_store(None)

@@ -37,7 +37,7 @@ def part(name: str, *needs: str, **facts: Any) -> Subtask:
 
 
 def ended(plan: SplitPlan, name: str, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
-    """The record of a subtask's task once it is over."""
+    """Return the record of an ended subtask."""
     (one,) = [each for each in plan.subtasks if each.id == name]
     child = subtask_graph.child_envelope(plan, one, {}, 0.0)
     error = None if state == "succeeded" else TaskError(code=facts.pop("code", "agent_failed"), message="no")
@@ -327,7 +327,7 @@ def test_a_nested_part_is_deeper_and_has_the_inputs_of_its_parent() -> None:
 
 
 def largest_plan() -> tuple[Subtask, ...]:
-    """64 subtasks that take all a plan may, in characters that are long in JSON."""
+    """Return 64 subtasks of the largest allowed size, in characters that are long in JSON."""
     return tuple(part(f"s{n}", domain="d", estimated_complexity=0.1) for n in range(64))
 
 

@@ -135,7 +135,7 @@ def test_an_ad_of_exactly_the_limit_is_accepted() -> None:
         parse_ad(encode(ad) + b" ")
 
 
-def test_nested_parts_come_through() -> None:
+def test_nested_parts_round_trip() -> None:
     ad = parse_ad(_ad(accept={"contains": ["x"]}, limits={"max_depth": 1, "mitosis_threshold": 0.5}))
     assert ad.accept == Accept(contains=("x",))
     assert ad.limits == Limits(max_depth=1, mitosis_threshold=0.5)

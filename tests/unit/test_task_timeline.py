@@ -14,7 +14,7 @@ TRIP = ("match", "scale", "execute", "evaluate")
 
 
 def envelope(*phases: str, attempt: int = 1, **fields: object) -> Envelope:
-    """One whose hops each take 1 s after waiting 2 s, handed in at 1000."""
+    """Return an envelope, submitted at 1000, whose hops each wait 2 s and work 1 s."""
     hops = tuple(
         Hop(phase=phase, instance=f"i-{phase}", started=1002.0 + 3 * n, finished=1003.0 + 3 * n, step=n)  # type: ignore[arg-type]
         for n, phase in enumerate(phases)
@@ -79,7 +79,7 @@ def test_a_subtask_begins_with_its_admission() -> None:
         (envelope("sense", *TRIP[:3]), [1, 1, 1, 1]),
         (envelope("sense", *TRIP, *TRIP[:3], attempt=2), [1, 1, 1, 1, 1, 2, 2, 2]),
         (envelope("sense", *TRIP, attempt=2), [1, 1, 1, 1, 1]),  # on its way back to MATCH
-        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE hands back
+        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE returns the task
     ],
 )
 def test_hops_belong_to_attempts(env: Envelope, numbers: list[int]) -> None:

@@ -69,7 +69,7 @@ class Struct(msgspec.Struct, tag="s", rename="camel"):
 
 
 class OldModel:
-    """Looks as a model of pydantic 1."""
+    """Resembles a model of pydantic 1."""
 
     __fields__ = {"a": None}
 
@@ -78,7 +78,7 @@ class OldModel:
 
 
 class Scalar:
-    """Looks as a scalar of numpy."""
+    """Resembles a scalar of numpy."""
 
     def tolist(self) -> float:
         return 1.5

@@ -20,7 +20,7 @@ from loom.schemas.run import RunRequest
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
 
 
-async def test_the_loop_runs_on_while_a_generator_blocks_and_its_pieces_come_at_once() -> None:
+async def test_the_loop_continues_while_a_generator_blocks_and_pieces_arrive_at_once() -> None:
     go_on = threading.Event()
 
     def slow(text: str) -> Iterator[str]:

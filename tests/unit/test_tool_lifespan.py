@@ -17,7 +17,7 @@ CONTEXT = ToolContext(task_id="t1", attempt=1, remaining_s=10)
 
 
 class Server:
-    """Counts what is opened and closed; where `fault` is set, opening or closing raises it."""
+    """Counts openings and closings; if `fault` is set, opening or closing raises it."""
 
     def __init__(self) -> None:
         self.opened: list[asyncio.Task[Any] | None] = []
@@ -46,7 +46,7 @@ def using(life: Lifespan[int], name: str = "use") -> Tool:
     return Tool(name=name, schema={}, call=lambda _arguments, _context: life.value, lifespan=life)
 
 
-async def test_one_opening_serves_all_tools_and_ends_in_the_task_it_began_in() -> None:
+async def test_one_opening_serves_all_tools_and_closes_in_its_own_task() -> None:
     server = Server()
     life = server.life()
     tools = [using(life, "a"), using(life, "b")]

@@ -104,7 +104,7 @@ def by_tuple(x: tuple[int, str]) -> Any:
         (by_tuple, '[1,"a"]', '[1,"a"]'),
     ],
 )
-async def test_a_value_of_any_kind_goes_in_and_comes_out(fn: Any, value: str, text: str) -> None:
+async def test_a_value_of_any_kind_is_passed_in_and_returned(fn: Any, value: str, text: str) -> None:
     made = Tool(fn)
 
     assert await made.run(f'{{"x": {value}}}', CONTEXT) == ToolResult(text)

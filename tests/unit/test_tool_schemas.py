@@ -207,7 +207,7 @@ async def test_a_long_result_of_a_tool_server_is_cut() -> None:
 
 
 class Weather(pydantic.BaseModel):
-    """Where and when."""
+    """A place and a time."""
 
     city: str = pydantic.Field(description="in English")
     days: int = 1
@@ -241,7 +241,7 @@ def test_the_docstring_of_the_type_describes_a_tool_without_a_description() -> N
     def of(kind: type) -> str:
         return Tool(name="x", schema=kind, call=lambda _arguments, _context: None).definition.description
 
-    assert (of(Weather), of(Point)) == ("Where and when.", "")
+    assert (of(Weather), of(Point)) == ("A place and a time.", "")
 
 
 @pytest.mark.parametrize("kind", [list[int], object, int])

@@ -269,7 +269,7 @@ def _opaque(thing: _Opaque) -> None: ...
 
 
 @pytest.mark.parametrize("fn", [_postponed, _positional, _variadic, _opaque, lambda: 1, partial(print)])
-def test_a_function_no_model_could_call_is_refused_when_made(fn: Any) -> None:
+def test_a_function_that_models_cannot_call_is_refused_when_made(fn: Any) -> None:
     with pytest.raises(LoomError):
         Tool(fn)
 
@@ -280,7 +280,7 @@ def test_a_tool_without_time_is_refused(seconds: float) -> None:
         Tool(str, name="work", timeout_s=seconds)
 
 
-def test_a_description_is_made_fit_to_be_sent() -> None:
+def test_a_description_is_sanitised() -> None:
     made = Tool(name="work", description="half a pair \ud83d", schema={"type": "object"}, call=lambda _, __: "")
 
     assert made.definition.description == "half a pair ?"

@@ -53,7 +53,7 @@ def test_the_agent_may_be_set_later() -> None:
     assert late.agent is not None
 
 
-def test_the_seeds_task_ad_needs_only_domain_and_description() -> None:
+def test_the_task_ad_of_the_old_library_needs_only_domain_and_description() -> None:
     ad = TaskAd(domain="code", description="sort")
 
     assert len(ad.task_id) == 32

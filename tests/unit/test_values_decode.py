@@ -101,7 +101,7 @@ VALUES: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("kind", "value"), VALUES, ids=lambda each: str(each)[:40])
-def test_a_value_comes_back_from_its_text(kind: Any, value: Any) -> None:
+def test_a_value_round_trips_through_its_text(kind: Any, value: Any) -> None:
     assert from_json(kind, to_text(value) if not isinstance(value, str) else f'"{value}"') == value
 
 

@@ -162,7 +162,7 @@ async def test_a_stream_that_is_not_iterable_fails_the_run_with_a_sentence() -> 
 
 
 class Words(str):
-    """A text of a library's own class."""
+    """A text of a library's class."""
 
     __slots__ = ()
 

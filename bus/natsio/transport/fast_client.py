@@ -163,7 +163,7 @@ class FastClient(HandshakeClient):
             ConnectionClosedError: The connection is closed for good.
             OutboundBufferLimitError: The connection is lost, and the buffer of unsent messages is full.
         """
-        if not subject or _breaks(subject) or _breaks(reply):
+        if not subject or _breaks(subject + reply):
             raise BadSubjectError
         size = len(payload)
         if not self.is_connected:

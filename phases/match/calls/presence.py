@@ -60,6 +60,8 @@ class HostPresence:
         """Dropped hosts that have announced themselves since an auction last waited for them."""
         self._plain: set[HostKey] = set()
         """Hosts with plain nodes only, which do not answer calls."""
+        self._untried: set[HostKey] = set()
+        """Unproven hosts that answer calls and are not dropped."""
         self._unproven_wait_at = 0.0
         """Monotonic time from which a full burst of auctions may wait for unproven and returning hosts."""
 
@@ -77,7 +79,7 @@ class HostPresence:
         now = self._clock()
         if self._awaited and self._unproven_wait_at - now > (UNPROVEN_BURST - 1) * self._unproven_every_s:
             return set(self._awaited)
-        others = (self._returning | (self._unproven.keys() - self._dropped)) - self._plain
+        others = self._returning | self._untried
         if others:
             # Set at once, so that concurrent auctions do not wait as well.
             self._unproven_wait_at = max(self._unproven_wait_at, now) + self._unproven_every_s
@@ -101,16 +103,19 @@ class HostPresence:
         now = self._clock()
         if plain:
             self._plain.add(host)
-            self._awaited.discard(host)
+            for hosts in (self._awaited, self._returning, self._untried):
+                hosts.discard(host)
         elif host in self._plain:
             self._plain.discard(host)
             self._await_again(host)
         if host in self._proven:
             _touch(self._proven, host, now)
-            if host in self._dropped:
+            if host in self._dropped and not plain:
                 self._returning.add(host)
             return
         _touch(self._unproven, host, now)
+        if host not in self._dropped and not plain:
+            self._untried.add(host)
         self._expire()
         self._remove_excess(host)
 
@@ -119,6 +124,7 @@ class HostPresence:
         now = self._clock()
         for host in hosts:
             self._unproven.pop(host, None)
+            self._untried.discard(host)
             _touch(self._proven, host, now)
             self._on_answer(host)
             self._remove_excess(host)
@@ -155,6 +161,7 @@ class HostPresence:
         if missed >= _DROP_AT:
             self._dropped.add(host)
             self._awaited.discard(host)
+            self._untried.discard(host)
             drops = self._drops[host] = self._drops.get(host, 0) + 1
             missed = _DROP_AT * 2 ** min(drops - 1, MAX_DOUBLINGS)
         self._missed[host] = missed
@@ -165,7 +172,7 @@ class HostPresence:
         self._unproven.pop(host, None)
         self._missed.pop(host, None)
         self._drops.pop(host, None)
-        for hosts in (self._awaited, self._dropped, self._returning, self._plain):
+        for hosts in (self._awaited, self._dropped, self._returning, self._plain, self._untried):
             hosts.discard(host)
         self._on_removed(host)
 
