@@ -71,7 +71,7 @@ def likelihood(wins: float, total: float) -> float:
 
     The sum for two parts minus that of the whole is i·kl(m1, m) + (n - i)·kl(m2, m), as the cross terms cancel.
     """
-    losses = total - wins
-    if wins <= 0 or losses <= 0:
+    share = wins / total  # 0 for the smallest positive numbers, too
+    if share <= 0 or share >= 1:
         return 0.0
-    return wins * math.log(wins / total) + losses * math.log(losses / total)
+    return wins * math.log(share) + (total - wins) * math.log1p(-share)

@@ -148,6 +148,7 @@ async def test_tasks_of_a_joint_call_survive_a_match_killed_or_stopped_at_any_po
     await run_all(scenarios(JointCallScenario, crashes, nats_url, namespace))
 
 
+@pytest.mark.slow
 async def test_two_replicas_of_match_award_each_task_once(stage: Stage) -> None:
     agent = Counting()
     task_ids = [f"t{number}" for number in range(60)]
@@ -178,6 +179,7 @@ def without_offers(envelope: Envelope) -> Envelope:
     return replace(envelope, award=None, spec=replace(envelope.spec, no_offers_since=envelope.deadline - 60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", [saturated, without_offers])
 @pytest.mark.parametrize("when", ["before the run", "while it runs", "after the end"])
 async def test_a_copy_that_passes_scale_while_the_other_goes_to_execute_changes_nothing(
@@ -206,6 +208,7 @@ async def test_a_copy_that_passes_scale_while_the_other_goes_to_execute_changes_
             assert len({reward.reward_id for reward in stage.all("reward")}) == 1
 
 
+@pytest.mark.slow
 async def test_a_cancel_during_a_joint_call_ends_its_task_alone(stage: Stage) -> None:
     agent = Counting()
     silent = await FakeHost(await stage.connect("node"), "silent", ("s1",)).start()

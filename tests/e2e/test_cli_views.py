@@ -84,6 +84,7 @@ async def _known(ask: Callable[[], Awaitable[bool]]) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
 def test_every_view_fits_its_width_and_steers_no_terminal(
     columns: int, here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +214,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     assert "subtasks done" not in undivided
 
 
+@pytest.mark.slow
 def test_nodes_are_shown_with_their_evidence(here: Cluster, loom: Loom) -> None:
     out, loud = loom("node ls").out, loom("node ls --domain loud").out
     alive = {one["node_id"]: one for one in map(json.loads, loom("node ls --json").out.splitlines())}
@@ -419,6 +421,7 @@ async def test_a_task_list_follows_changes(here: Cluster, tmp_path: Path) -> Non
     assert "unseen" not in ended.out
 
 
+@pytest.mark.slow
 def test_a_node_is_shown_with_a_row_for_each_domain(here: Cluster, loom: Loom) -> None:
     shown = loom("node show good").out
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BIN = str(Path(sys.executable).parent)
 COMPLETE = """
 eval "$(_LOOM_COMPLETE=source_bash loom)"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.change_detection import MIN_AFTER, MIN_BEFORE, change_point, likelihood
+from loom.phases.adapt.change_detection import MIN_AFTER, MIN_BEFORE, change_point, likelihood, recent_change_point
 
 scores = st.lists(st.floats(0, 1), max_size=120)
 
@@ -22,6 +22,14 @@ def test_a_drop_in_the_middle_of_noise_is_found_near_where_it_was() -> None:
 @pytest.mark.parametrize("window", [[1.0] * 120, [0.0] * 120, [0.5] * 120, [1.0, 0.0] * 60, [1.0] * 4 + [0.0] * 3, []])
 def test_without_a_change_no_change_is_detected(window: list[float]) -> None:
     assert change_point(window) is None
+
+
+@pytest.mark.parametrize("score", [5e-324, 1e-300, 1e-17, 1 - 1e-16])
+def test_scores_next_to_0_and_1_are_compared_like_others(score: float) -> None:
+    for test in (change_point, recent_change_point):
+        test([score] * 9)
+        test([score] + [0.0] * 20)
+        assert test([score] * 60 + [1.0 - round(score)] * 8) == 60
 
 
 @given(scores)
