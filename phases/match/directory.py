@@ -137,8 +137,9 @@ class HostDirectory:
         self._presence.record_answers([offer.host for offer in offers if offer.decline != "draining"], missing)
 
     def record_late_answer(self, host: HostKey) -> None:
-        """Record that a host answered a call after all awaited hosts."""
-        self._presence.record_answers([host], frozenset())
+        """Record that a present host answered a call after all awaited hosts; a host that has left stays away."""
+        if self._presence.last_seen_at(host) is not None:
+            self._presence.record_answers([host], frozenset())
 
     def may_yet_bid(self, requirements: TaskRequirements, answered: AbstractSet[HostKey]) -> bool:
         """Return whether a capable node is announced on a host that may answer the next call.

@@ -88,6 +88,15 @@ async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: H
     assert roster.awaited_hosts() == set()
 
 
+async def test_a_late_answer_proves_a_present_host_and_no_other(roster: HostDirectory) -> None:
+    announce(roster, "h1", "n1")
+    announce(roster, "h2", "n2")
+    roster.record_late_answer(key("h1"))
+    announce(roster, "h2", "n2", draining=True, seq=2)
+    roster.record_late_answer(key("h2"))
+    assert roster.awaited_hosts() == {key("h1")}
+
+
 async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1")
     announce(roster, "h2")
