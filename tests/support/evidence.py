@@ -18,7 +18,7 @@ def rewards_in(profile: NodeProfile) -> Iterator[Reward]:
             yield Reward(
                 reward_id=f"{score.attempt_id}:rules",
                 task_id=task_id,
-                attempt=int(attempt) if attempt.isdigit() else 1,
+                attempt=int(attempt) if attempt.isascii() and attempt.isdigit() else 1,
                 node_id=profile.node_id,
                 owner=profile.owner,
                 domain_token=token,
