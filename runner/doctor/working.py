@@ -13,6 +13,7 @@ from loom.bus.service_discovery import health_reports
 from loom.bus.topology import Inspection
 from loom.runner.doctor.findings import Finding, fail, ok, warn
 from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import LoomError
 
 LOOK_AGAIN_S: Final = 2.0
 """Between two looks at what may stand still; a phase at work moves on within it."""
@@ -70,7 +71,10 @@ async def _look(bus: Bus, seen: Inspection, config: ClusterConfig) -> Look:
 
 async def _last_reward(bus: Bus) -> int:
     subject = bus.subjects.of("reward", "*", "*", "*", "*")
-    last = await last_message(bus.jetstream, bus.subjects.stream("REWARDS"), subject)
+    try:
+        last = await last_message(bus.jetstream, bus.subjects.stream("REWARDS"), subject)
+    except LoomError:
+        return 0  # the stream has lost its leader since the inspection, whose findings name the cause
     return last.seq if last is not None else 0
 
 

@@ -84,7 +84,7 @@ async def test_two_replicas_of_every_phase_share_the_work_and_run_no_task_twice(
     assert Counter(agent.runs.values()) == {1: 300}
     instances = {(hop.phase, hop.instance) for record in records if record for hop in record.envelope.hops}
     workers = Counter(phase for phase, _ in instances)
-    assert workers == {"sense": 2, "match": 2, "scale": 2, "execute": 2}
+    assert workers == {"sense": 2, "match": 2, "execute": 2}
 
 
 async def test_one_node_id_on_two_hosts_runs_each_task_once(on_bus: tuple[str, str], phases: Bus, client: Bus) -> None:

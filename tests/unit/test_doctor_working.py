@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 
+from loom.bus.bus import Bus
 from loom.bus.hops.health import Health
 from loom.bus.logs.discard_reports import DiscardReport
 from loom.bus.topology import Inspection, Part
+from loom.runner.doctor import working as doctor_working
 from loom.runner.doctor.working import OLD_S, Look, judged, waiting_in
 from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import BusUnavailable
 
 
 def look(*, waiting: int = 0, last_reward: int = 0, **reports: Health) -> Look:
@@ -91,3 +94,11 @@ def test_discarded_messages_of_hosts_are_one_line_for_each_of_the_last_ten() -> 
     assert lines[0] == "of host h12: 1 event, 12 offers (last: Expected `int`)"
     assert [line.split(":")[0] for line in lines[1:-1]] == [f"of host h{number}" for number in range(11, 2, -1)]
     assert lines[-1] == "something of 2 more hosts"
+
+
+async def test_a_stream_of_rewards_without_a_leader_stops_no_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unavailable(*_args: object) -> None:
+        raise BusUnavailable("JetStream system temporarily unavailable")
+
+    monkeypatch.setattr(doctor_working, "last_message", unavailable)
+    assert await doctor_working._last_reward(Bus("nats://127.0.0.1:1")) == 0
