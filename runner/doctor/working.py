@@ -13,7 +13,7 @@ from loom.bus.service_discovery import health_reports
 from loom.bus.topology import Inspection
 from loom.runner.doctor.findings import Finding, fail, ok, warn
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import LoomError
+from loom.schemas.errors import BusUnavailable
 
 LOOK_AGAIN_S: Final = 2.0
 """Between two looks at what may stand still; a phase at work moves on within it."""
@@ -73,7 +73,7 @@ async def _last_reward(bus: Bus) -> int:
     subject = bus.subjects.of("reward", "*", "*", "*", "*")
     try:
         last = await last_message(bus.jetstream, bus.subjects.stream("REWARDS"), subject)
-    except LoomError:
+    except BusUnavailable:
         return 0  # the stream has lost its leader since the inspection, whose findings name the cause
     return last.seq if last is not None else 0
 

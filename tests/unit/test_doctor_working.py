@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.hops.health import Health
 from loom.bus.logs.discard_reports import DiscardReport
 from loom.bus.topology import Inspection, Part
+from loom.runner.doctor import diagnosis
 from loom.runner.doctor import working as doctor_working
 from loom.runner.doctor.working import OLD_S, Look, judged, waiting_in
 from loom.schemas.config import ClusterConfig
@@ -102,3 +104,12 @@ async def test_a_stream_of_rewards_without_a_leader_stops_no_diagnosis(monkeypat
 
     monkeypatch.setattr(doctor_working, "last_message", unavailable)
     assert await doctor_working._last_reward(Bus("nats://127.0.0.1:1")) == 0
+
+
+async def test_a_stream_of_tasks_without_a_leader_stops_no_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unavailable(*_args: object) -> None:
+        raise BusUnavailable("JetStream system temporarily unavailable")
+
+    consumers = {lane.name: topology.Part(lane.name, {}, ()) for lane in topology.TASK_LANES}
+    monkeypatch.setattr(diagnosis, "find_orphans", unavailable)
+    assert await diagnosis.stuck(Bus("nats://127.0.0.1:1"), topology.Inspection({}, consumers)) == []
